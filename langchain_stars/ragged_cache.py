@@ -1,0 +1,255 @@
+"""KV of rows that advance apart: every row writes, reads and moves where it is told to.
+
+Knows tensors only; nothing of tokens, rewards or sampling. A row is one reply: its prompt and its
+accepted tokens fill the slots from 0 on, slot after slot, and candidates lie behind them. What a
+query sees is written down as three numbers, `depth`, `start` and `slot`: the first `depth` slots
+(what it continues) and its own run from `start` to `slot`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, StaticLayer
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "packed_sdpa"
+"""Name of the attention, for `attn_implementation`, that never widens keys to all query heads."""
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where the forward pass that runs now writes and reads.
+
+    Attributes:
+        rows: Rows of the buffers, one for each row of the batch; a slice where they are adjacent.
+        slots: Slot that each query writes, [batch, queries].
+        limit: Number of slots that are read.
+    """
+
+    rows: slice | Tensor
+    slots: Tensor
+    limit: int
+
+
+class RaggedLayer(StaticLayer):
+    """One layer's keys and values, [rows, heads, slots, size]."""
+
+    is_croppable = False
+
+    def __init__(self, cache: "RaggedCache") -> None:
+        super().__init__(max_cache_len=0)
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffers for the heads, size, type and device of what is written first."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        rows, slots = self._cache.num_rows, self._cache.num_slots
+        self.keys = key_states.new_zeros((rows, key_states.shape[1], slots, key_states.shape[-1]))
+        self.values = value_states.new_zeros(
+            (rows, value_states.shape[1], slots, value_states.shape[-1])
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the states of the queries to their slots; return what is read."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        place = self._cache.place
+        assert place is not None and self.keys is not None and self.values is not None
+        if isinstance(place.rows, slice):
+            read = []
+            for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+                window = buffer[place.rows]
+                index = place.slots[:, None, :, None].expand(states.shape)
+                window.scatter_(2, index, states.to(buffer.dtype))
+                read.append(window[:, :, : place.limit])
+            return read[0], read[1]
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            # Two index tensors around a slice put their axes first: [batch, queries, heads, size].
+            buffer[place.rows[:, None], :, place.slots] = states.to(buffer.dtype).transpose(1, 2)
+        return (
+            self.keys[:, :, : place.limit].index_select(0, place.rows),
+            self.values[:, :, : place.limit].index_select(0, place.rows),
+        )
+
+    def get_seq_length(self) -> int:
+        """Return 0: positions are always given, and differ from row to row."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Return the number of slots of a row."""
+        return self._cache.num_slots
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of slots that are read, and no offset."""
+        place = self._cache.place
+        return (place.limit if place is not None else self._cache.num_slots), 0
+
+
+class RaggedCache(Cache):
+    """Keys and values of rows that advance apart.
+
+    Attributes:
+        num_rows: Rows that there is room for.
+        num_slots: Slots of each row.
+        place: Where the forward pass that runs now writes and reads.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_rows = 0
+        self.num_slots = 0
+        self.place: _Place | None = None
+        super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(
+            buffer.numel() * buffer.element_size()
+            for layer in self.layers
+            for buffer in (layer.keys, layer.values)
+            if buffer is not None
+        )
+
+    def resize(self, num_rows: int, num_slots: int) -> None:
+        """Give the rows other room, layer by layer, keeping what fits.
+
+        Where memory ends on the way, all layers keep or get back room that they share: nothing
+        that fits both the old and the new room is lost.
+        """
+        if (num_rows, num_slots) == (self.num_rows, self.num_slots):
+            return
+        old = (self.num_rows, self.num_slots)
+        try:
+            for layer in self.layers:
+                _resize(layer, num_rows, num_slots)
+        except BaseException:
+            for layer in self.layers:
+                _resize(layer, min(num_rows, old[0]), min(num_slots, old[1]))
+            self.num_rows, self.num_slots = min(num_rows, old[0]), min(num_slots, old[1])
+            raise
+        self.num_rows, self.num_slots = num_rows, num_slots
+
+    @contextmanager
+    def at(self, *, rows: Sequence[int], slots: Tensor, limit: int) -> Iterator[None]:
+        """Say where the forward pass inside writes and reads.
+
+        Args:
+            rows: Row of each row of the batch, each once; adjacent ones are not copied to be read.
+            slots: Slot that each query writes, [batch, queries]; no two of a row are the same.
+            limit: Number of slots that are read, above every slot written.
+        """
+        first, last = rows[0], rows[-1]
+        adjacent = list(rows) == list(range(first, last + 1))
+        chosen = (
+            slice(first, last + 1) if adjacent else torch.tensor(list(rows), device=slots.device)
+        )
+        self.place = _Place(chosen, slots, limit)
+        try:
+            yield
+        finally:
+            self.place = None
+
+    def move(self, rows: Tensor, source: Tensor, target: Tensor) -> None:
+        """Copy the slots `source` of each row to `target`, both [rows, count].
+
+        A kept branch becomes the row's continuation. The copy is whole before any slot is
+        written, so that the two may overlap.
+        """
+        for layer in self.layers:
+            if layer.is_initialized:
+                for buffer in (layer.keys, layer.values):
+                    buffer[rows[:, None], :, target] = buffer[rows[:, None], :, source]
+
+    def copy_row(self, source: int, target: int, *, num_slots: int) -> None:
+        """Copy the first slots of a row to another."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                for buffer in (layer.keys, layer.values):
+                    buffer[target, :, :num_slots] = buffer[source, :, :num_slots]
+
+
+def _resize(layer: RaggedLayer, num_rows: int, num_slots: int) -> None:
+    if not layer.is_initialized:
+        return
+    for name in ("keys", "values"):
+        old: Tensor = getattr(layer, name)
+        rows, heads, slots, size = old.shape
+        if (rows, slots) == (num_rows, num_slots):
+            continue
+        new = old.new_zeros((num_rows, heads, num_slots, size))
+        rows, slots = min(rows, num_rows), min(slots, num_slots)
+        new[:rows, :, :slots] = old[:rows, :, :slots]
+        setattr(layer, name, new)
+
+
+def tree_mask(
+    depth: Tensor, start: Tensor, slot: Tensor, *, limit: int, window: int | None = None
+) -> Tensor:
+    """Return what each query sees, [batch, 1, queries, limit].
+
+    A query sees the first `depth` slots, and its own run from `start` to `slot`, itself included.
+
+    Args:
+        depth: Number of slots that it continues, [batch, queries].
+        start: Slot of the first token of its run, at least `depth`.
+        slot: Its own slot, at least `start`.
+        limit: Number of slots that are read.
+        window: How many positions back, its own counted, a layer with a sliding window sees.
+    """
+    every = torch.arange(limit, device=slot.device)
+    depth, start, slot = depth[..., None], start[..., None], slot[..., None]
+    if window is None:
+        seen = (every < depth) | ((every >= start) & (every <= slot))
+    else:
+        position = depth + slot - start
+        seen = ((every < depth) & (every > position - window)) | (
+            (every >= start) & (every <= slot) & (every > slot - window)
+        )
+    return seen[:, None]
+
+
+def packed_sdpa(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend, with the query heads that share a key head folded into the length of the query.
+
+    Masked attention over grouped heads would else copy keys and values for every query head.
+    """
+    batch, heads, queries, size = query.shape
+    groups = heads // key.shape[1]
+    if groups > 1 and attention_mask is not None:
+        folded = query.reshape(batch, key.shape[1], groups * queries, size)
+        mask = attention_mask[..., : key.shape[2]].expand(-1, 1, queries, -1).repeat(1, 1, groups, 1)
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+        out = out.reshape(batch, heads, queries, value.shape[-1])
+    else:
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            scale=scaling,
+            is_causal=attention_mask is None and queries > 1,
+            enable_gqa=groups > 1,
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, packed_sdpa)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
