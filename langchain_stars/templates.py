@@ -1,0 +1,109 @@
+"""From chats and texts to token ids, by a tokenizer of transformers.
+
+Knows tokenizers and their chat templates; nothing of models, rewards or replies. What a person
+typed or a model drafted is encoded as text, whatever control token it spells.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+Chat: TypeAlias = Sequence[Mapping[str, Any]]
+
+
+def vocabulary_of(tokenizer: Any) -> str:
+    """Return a fingerprint of what the token ids of replies mean.
+
+    It is equal for two tokenizers whose ordinary tokens have the same ids and decode alike, though
+    their control tokens or chat templates differ: replies hold none of those.
+    """
+    special = set(tokenizer.all_special_ids)
+    added = {
+        token_id: token.content
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if not token.special
+    }
+    special |= set(tokenizer.added_tokens_decoder) - set(added)
+    vocabulary = sorted(
+        (token_id, token)
+        for token, token_id in tokenizer.get_vocab().items()
+        if token_id not in special
+    )
+    decoder: Any = type(tokenizer).__name__
+    if getattr(tokenizer, "is_fast", False):
+        decoder = json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder")
+    cleaned = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+    text = json.dumps([vocabulary, sorted(added.items()), decoder, cleaned], ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def encode_chat(
+    tokenizer: Any,
+    chat: Chat,
+    *,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int]:
+    """Return the token ids of a chat by the tokenizer's own template.
+
+    Only the control tokens that the template writes are encoded as such.
+    """
+    encoded = tokenizer.apply_chat_template(
+        [dict(message) for message in chat],
+        tools=[dict(tool) for tool in tools] if tools else None,
+        add_generation_prompt=add_generation_prompt,
+        sanitize_control_tokens=True,
+        return_dict=True,
+    )
+    return list(encoded["input_ids"])
+
+
+class TextEncoder:
+    """Encodes text that stands in the middle of a longer one.
+
+    A tokenizer of the SentencePiece kind adds a space to what it is given; a piece of a reply
+    must not get one, so that it is encoded behind a line break, which is then taken away.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._line_break: list[int] = []
+        line_break, alone = self._encode(["\n", "a"], plain=True)
+        if alone != self._encode(["\na"], plain=True)[0][len(line_break) :]:
+            self._line_break = line_break
+
+    def encode(self, texts: Sequence[str], *, plain: bool = True) -> list[list[int]]:
+        """Return the token ids of each text.
+
+        Args:
+            texts: The texts.
+            plain: Whether control tokens that occur in them are text; else they are tokens, as
+                in what a template writes.
+        """
+        if not self._line_break:
+            return self._encode(texts, plain=plain)
+        encoded = self._encode(["\n" + text for text in texts], plain=plain)
+        begin = len(self._line_break)
+        return [
+            ids[begin:] if ids[:begin] == self._line_break else self._encode([text], plain=plain)[0]
+            for ids, text in zip(encoded, texts, strict=True)
+        ]
+
+    def _encode(self, texts: Sequence[str], *, plain: bool) -> list[list[int]]:
+        filled = [text for text in texts if text]
+        if not filled:
+            return [[] for _ in texts]
+        encoded = iter(
+            self._tokenizer(
+                filled,
+                add_special_tokens=False,
+                split_special_tokens=plain,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                padding=False,
+                truncation=False,
+                verbose=False,
+            )["input_ids"]
+        )
+        return [list(next(encoded)) if text else [] for text in texts]
