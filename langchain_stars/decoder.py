@@ -1,0 +1,825 @@
+"""One round for some replies: draw candidates, judge them, choose, extend.
+
+Knows tokens, texts, rewards and thresholds; nothing of LangChain, of threads or of devices. What
+is rejected never leaves this module: not in an event, a report, a log or an exception.
+
+Source:
+    STARS (Quamar et al., arXiv:2511.03827): segments of a fixed number of tokens, judged with the
+    whole prefix and drawn again until one is accepted, at most 20 times. That the attempts of a
+    round are judged in the order of their numbers, so that drafting several at once has the law of
+    drafting one at a time, is ours.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from langchain_stars.acceptance import Acceptance, expected_accepted, floor_holds
+from langchain_stars.judging import MAX_FAILURES_IN_A_ROW, Inquiry, Workers, judging
+from langchain_stars.language_models.base import (
+    Candidate,
+    LanguageModel,
+    Prefix,
+    Request,
+    Sampling,
+)
+from langchain_stars.randomness import acceptance_uniform, fallback_uniform
+from langchain_stars.rewards.algebra import Constraint
+from langchain_stars.rewards.base import (
+    Completion,
+    Leaf,
+    Reward,
+    Scorer,
+    ScoreRequest,
+    Subject,
+    digest,
+)
+from langchain_stars.text import Text
+
+Outcome: TypeAlias = Literal["accepted", "fallback", "unguarded"]
+"""How a segment came to be kept."""
+
+FinishReason: TypeAlias = Literal["stop", "length", "refusal"]
+"""Why a reply ended: by itself or at a stop string, at `max_tokens`, or for want of a segment."""
+
+DEFAULT_REFUSAL = "I'm sorry, but I can't help with that."
+
+
+class GuardExhausted(RuntimeError):  # noqa: N818 - the name is part of the interface
+    """No attempt was good enough, and the policy asks for an exception.
+
+    Carries counts and names of rewards; never what was rejected.
+
+    Attributes:
+        segment: Index of the segment that could not be had.
+        num_attempts: Attempts made for it.
+        num_failures: Attempts of it on which a reward failed.
+        bounds: How many attempts each constraint or objective rejected, by name.
+    """
+
+    def __init__(
+        self, *, segment: int, num_attempts: int, num_failures: int, bounds: dict[str, int]
+    ) -> None:
+        self.segment = segment
+        self.num_attempts = num_attempts
+        self.num_failures = num_failures
+        self.bounds = bounds
+        rejected = ", ".join(f"{name} {count}" for name, count in bounds.items()) or "none"
+        super().__init__(
+            f"no attempt of segment {segment} was accepted: {num_attempts} attempts, "
+            f"{num_failures} with a failed reward; rejected by {rejected}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What a reply must be: the guard of a chat model, fixed before its first token.
+
+    Attributes:
+        objective: Reward that must reach the threshold; None where only constraints matter.
+        constraints: Rewards that must reach their floor, whatever the objective says.
+        acceptance: Thresholds, softness, number of attempts, exhaustion.
+        segment_size: Most tokens of a segment, at least 1.
+        max_candidates: Most candidates of a reply drafted at once, at least 1; None leaves it to
+            the decoder. Changes the speed and never the law.
+        adaptive: Whether the number drafted at once is chosen, up to `max_candidates`, or is it.
+        holdback: Number of accepted segments, at least 0, that are not shown yet, and are taken
+            back where the reply cannot go on.
+        max_takebacks: How often in a reply, at least 0.
+        refusal_message: The application's own words where a reply ends without a segment.
+        reward_timeout: Seconds, above 0, that a reward which runs in a worker has for a call.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    objective: Reward | None = None
+    constraints: tuple[Constraint, ...] = ()
+    acceptance: Acceptance = field(default_factory=lambda: Acceptance(schedule=None))
+    segment_size: int = 16
+    max_candidates: int | None = None
+    adaptive: bool = True
+    holdback: int = 0
+    max_takebacks: int = 2
+    refusal_message: str = DEFAULT_REFUSAL
+    reward_timeout: float | None = 30.0
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("segment_size", self.segment_size, 1),
+            ("max_candidates", self.max_candidates, 1),
+            ("holdback", self.holdback, 0),
+            ("max_takebacks", self.max_takebacks, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}")
+        if self.reward_timeout is not None and not self.reward_timeout > 0:
+            raise ValueError(f"`reward_timeout` must be above 0, got {self.reward_timeout}")
+        if (self.objective is None) != (self.acceptance.schedule is None):
+            raise ValueError("an objective needs a schedule of thresholds, and a schedule an objective")
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The readings of scorers that decide, each once, constraints first."""
+        parts = [constraint.reward for constraint in self.constraints]
+        if self.objective is not None:
+            parts.append(self.objective)
+        return tuple(dict.fromkeys(leaf for part in parts for leaf in part.leaves))
+
+    @property
+    def scorers(self) -> tuple[Scorer, ...]:
+        """The scorers that decide, each once."""
+        return tuple(dict.fromkeys(leaf.scorer for leaf in self.leaves))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides which replies are possible and how likely, as JSON."""
+        return {
+            "objective": self.objective.identity if self.objective else None,
+            "constraints": [constraint.identity for constraint in self.constraints],
+            "acceptance": self.acceptance.identity,
+            "segment_size": self.segment_size,
+            "holdback": self.holdback,
+            "max_takebacks": self.max_takebacks if self.holdback else 0,
+            "refusal_message": self.refusal_message,
+            "reward_timeout": self.reward_timeout,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Short digest of `identity`."""
+        return digest(self.identity)
+
+    def load(self) -> None:
+        """Load every scorer."""
+        for scorer in self.scorers:
+            scorer.load()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A run of tokens that was kept, and how; the numbers of it, not the words.
+
+    Attributes:
+        index: Its place in the reply, from 0.
+        num_tokens: Tokens kept.
+        attempts: Number of the attempt that was kept, or of all attempts before a fallback.
+        reward: Objective of the reply up to its end, in reward units; None without an objective.
+        threshold: What was asked; None without an objective.
+        outcome: `"accepted"`, `"fallback"` or `"unguarded"`.
+        bound: Name of the constraint or objective that rejected most of its attempts; None where
+            none was rejected.
+    """
+
+    index: int
+    num_tokens: int
+    attempts: int
+    reward: float | None
+    threshold: float | None
+    outcome: Outcome
+    bound: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields, as JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What became of a reply.
+
+    Attributes:
+        finish_reason: Why it ended.
+        segments: The segments kept.
+        seed: Seed that gives the same reply again.
+        policy: Fingerprint of the policy; None for an unguarded reply.
+        prompt_reward: Objective of the empty open reply where the schedule wants it and it could
+            be had.
+        num_prompt_tokens: Tokens of the prompt.
+        num_drafted_tokens: Tokens drawn, whatever became of them.
+        num_rejected_tokens: Tokens of attempts that were judged and not kept, or taken back.
+        num_emitted_tokens: Tokens of the reply that were kept.
+        num_attempts: Attempts judged.
+        num_fallbacks: Segments taken from the rejected that met every floor.
+        num_takebacks: How often held segments were taken back.
+        num_failures: Attempts on which a reward failed.
+    """
+
+    finish_reason: FinishReason
+    segments: tuple[Segment, ...]
+    seed: int
+    policy: str | None
+    prompt_reward: float | None
+    num_prompt_tokens: int
+    num_drafted_tokens: int
+    num_rejected_tokens: int
+    num_emitted_tokens: int
+    num_attempts: int
+    num_fallbacks: int
+    num_takebacks: int
+    num_failures: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Text that may be shown, and the segment that was kept with it, if one was."""
+
+    text: str
+    segment: Segment | None = None
+
+
+Event: TypeAlias = Delta | Report | Exception
+"""What a row tells: text as it is kept, and at last one report or one exception."""
+
+
+@dataclass(slots=True)
+class _Judged:
+    """An attempt that was judged and met every floor."""
+
+    number: int
+    text: Text
+    reward: float
+    num_drawn: int
+
+
+@dataclass(slots=True)
+class _Visit:
+    """The attempts at one segment. Numbers go on where an earlier visit to its index ended."""
+
+    index: int
+    before: Text
+    threshold: float | None
+    first: int
+    attempts: int = 0
+    num_failures: int = 0
+    pool: list[_Judged] = field(default_factory=list)
+    bounds: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def bound(self) -> str | None:
+        """Name of what rejected most attempts; of the first declared where two did."""
+        return self.bounds.most_common(1)[0][0] if self.bounds else None
+
+
+@dataclass(slots=True)
+class _Kept:
+    """An accepted segment that can still be taken back."""
+
+    visit: _Visit
+    attempt: _Judged
+    segment: Segment
+
+
+class Row:
+    """A reply in progress.
+
+    Attributes:
+        prefix: Prompt and accepted tokens.
+        subject: The reply, for the scorers.
+        policy: Its guard; None for an unguarded reply.
+        inquiry: What the scorers are being asked about it; None when nothing is open.
+        ended: Whether its last event has been told.
+    """
+
+    def __init__(
+        self,
+        *,
+        prefix: Prefix,
+        subject: Subject,
+        policy: Policy | None,
+        sampling: Sampling,
+        seed: int,
+        max_tokens: int,
+        decode: Callable[[Sequence[int]], str],
+        tell: Callable[[Event], None],
+        stop: Sequence[str] = (),
+        segment_size: int = 16,
+        streamed: bool = False,
+    ) -> None:
+        self.prefix = prefix
+        self.subject = subject
+        self.policy = policy
+        self.inquiry: Inquiry | None = None
+        self.ended = False
+        self.prompt_reward: float | None = None
+        self._sampling = sampling
+        self._seed = seed
+        self._max_tokens = max_tokens
+        self._decode = decode
+        self._tell = tell
+        self._stop = tuple(stop)
+        self._segment_size = policy.segment_size if policy else segment_size
+        self._streamed = streamed and policy is None
+        self._leaves = policy.leaves if policy else ()
+        self._fingerprint = policy.fingerprint if policy else None
+        self._wants_prompt_reward = bool(
+            policy and policy.acceptance.schedule and policy.acceptance.schedule.needs_prompt_reward
+        )
+        self._text = Text()
+        self._live = Text()
+        self._shown = ""
+        self._segments: list[Segment] = []
+        self._held: list[_Kept] = []
+        self._last_number: Counter[int] = Counter()
+        self._visit: _Visit | None = None
+        self._proposed: list[tuple[Candidate, Text]] = []
+        self._failures_in_a_row = 0
+        self._num_accepted = 0
+        self._num_judged = 0
+        self._num_drafted = 0
+        self._num_rejected = 0
+        self._num_fallbacks = 0
+        self._num_takebacks = 0
+        self._num_failures = 0
+
+    # Drafting
+
+    @property
+    def wants_prompt_reward(self) -> bool:
+        """Whether the reward of the prompt must be had before the first segment."""
+        return self._wants_prompt_reward
+
+    @property
+    def attempts_left(self) -> int:
+        """Attempts that the segment still has; 1 for an unguarded reply."""
+        if self.policy is None:
+            return 1
+        return self.policy.acceptance.max_attempts - self._current.attempts
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of attempts accepted so far, in (0, 1); two of three before the first."""
+        return (self._num_accepted + 1.0) / (self._num_judged + 1.5)
+
+    @property
+    def size(self) -> int:
+        """Tokens of the next segment, at most."""
+        return min(self._segment_size, self._max_tokens - len(self.prefix.token_ids))
+
+    @property
+    def num_segments(self) -> int:
+        """Segments kept so far."""
+        return len(self._segments)
+
+    def request(self, count: int) -> Request:
+        """Return what the language model is asked for: the next `count` attempts."""
+        visit = self._current
+        return Request(
+            prefix=self.prefix,
+            seed=self._seed,
+            segment=visit.index,
+            first_attempt=visit.first + visit.attempts,
+            count=count,
+            size=self.size,
+            sampling=self._sampling,
+            streamed=self._streamed,
+        )
+
+    @property
+    def _current(self) -> _Visit:
+        if self._visit is None:
+            index = len(self._segments)
+            threshold = None
+            if self.policy is not None and self.policy.acceptance.schedule is not None:
+                threshold = self.policy.acceptance.schedule.threshold(
+                    len(self.prefix.token_ids) + self._segment_size, self.prompt_reward
+                )
+            self._visit = _Visit(
+                index=index,
+                before=self._text,
+                threshold=threshold,
+                first=self._last_number[index] + 1,
+            )
+        return self._visit
+
+    # Judging
+
+    def ask_about_prompt(self) -> Inquiry:
+        """Return the question what the empty open reply is worth."""
+        assert self.policy is not None and self.policy.objective is not None
+        empty = Completion(text="", finished=False, token_ids=())
+        return self._ask((empty,), self.policy.objective.leaves)
+
+    def take_prompt_reward(self) -> None:
+        """Take the answer; where there is none, the target is asked from the first segment."""
+        assert self.policy is not None and self.policy.objective is not None
+        assert self.inquiry is not None
+        values = self.inquiry.values(0)
+        self.inquiry = None
+        self._wants_prompt_reward = False
+        reward = _combine(self.policy.objective, values) if values is not None else None
+        if reward is None:
+            self._num_failures += 1
+        self.prompt_reward = reward
+
+    def ask_about(self, candidates: Sequence[Candidate]) -> Inquiry:
+        """Return the question what the candidates are worth."""
+        self._proposed = [(candidate, self._extend(candidate)) for candidate in candidates]
+        self._num_drafted += sum(candidate.num_drawn for candidate in candidates)
+        return self._ask(
+            tuple(_completion(text) for _, text in self._proposed), self._leaves
+        )
+
+    def _ask(self, completions: tuple[Completion, ...], leaves: Sequence[Leaf]) -> Inquiry:
+        assert self.policy is not None
+        request = ScoreRequest(
+            subject=self.subject, accepted=_completion(self._text), candidates=completions
+        )
+        self.inquiry = Inquiry(request, leaves, timeout=self.policy.reward_timeout)
+        return self.inquiry
+
+    def _extend(self, candidate: Candidate) -> Text:
+        num_tokens = len(self.prefix.token_ids) + len(candidate.token_ids)
+        return self._text.extended(
+            candidate.token_ids,
+            decode=self._decode,
+            stop=self._stop,
+            finished=candidate.finished,
+            final=num_tokens >= self._max_tokens,
+        )
+
+    # Choosing
+
+    def choose(self) -> None:
+        """Keep the first candidate that is good enough, in the order of the attempts, or none."""
+        assert self.inquiry is not None
+        policy, visit, inquiry = self._guard, self._current, self.inquiry
+        proposed, self._proposed, self.inquiry = self._proposed, [], None
+        for place, (candidate, text) in enumerate(proposed):
+            visit.attempts += 1
+            self._num_judged += 1
+            self._last_number[visit.index] = candidate.attempt
+            values = inquiry.values(place)
+            judged, bound = self._judge(candidate, text, values)
+            if judged is not None and bound is None:
+                self._num_accepted += 1
+                self._failures_in_a_row = 0
+                self._keep(judged, "accepted")
+                return
+            self._num_rejected += candidate.num_drawn
+            if judged is not None:
+                visit.pool.append(judged)
+            if bound is None:
+                visit.num_failures += 1
+                self._num_failures += 1
+                self._failures_in_a_row += 1
+                if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+                    self._end_exhausted()
+                    return
+            else:
+                visit.bounds[bound] += 1
+                self._failures_in_a_row = 0
+        if visit.attempts >= policy.acceptance.max_attempts:
+            self._exhaust()
+
+    def _judge(
+        self, candidate: Candidate, text: Text, values: dict[Leaf, float] | None
+    ) -> tuple[_Judged | None, str | None]:
+        """Return the attempt where it met every floor, and what rejected it.
+
+        Neither, where a reward failed.
+        """
+        policy, visit = self._guard, self._current
+        if values is None:
+            return None, None
+        for constraint in policy.constraints:
+            value = _combine(constraint.reward, values)
+            if value is None:
+                return None, None
+            if not floor_holds(value, constraint.floor):
+                return None, constraint.name
+        if policy.objective is None:
+            return _Judged(candidate.attempt, text, 0.0, candidate.num_drawn), None
+        reward = _combine(policy.objective, values)
+        if reward is None:
+            return None, None
+        judged = _Judged(candidate.attempt, text, reward, candidate.num_drawn)
+        assert visit.threshold is not None
+        u = acceptance_uniform(seed=self._seed, segment=visit.index, attempt=candidate.attempt)
+        accepted = policy.acceptance.accepts(reward, visit.threshold, u)
+        return judged, None if accepted else policy.objective.name
+
+    @property
+    def _guard(self) -> Policy:
+        assert self.policy is not None
+        return self.policy
+
+    def _exhaust(self) -> None:
+        """Go on without an accepted attempt: take back, fall back, refuse or raise."""
+        policy = self._guard
+        while self._held and self._num_takebacks < policy.max_takebacks:
+            self._take_back()
+            if self.attempts_left > 0:
+                return
+        visit, acceptance = self._current, policy.acceptance
+        if acceptance.on_exhausted in ("refuse", "raise") or not visit.pool:
+            self._end_exhausted()
+            return
+        u = fallback_uniform(
+            seed=self._seed, segment=visit.index, attempt=self._last_number[visit.index]
+        )
+        pool = sorted(visit.pool, key=lambda judged: judged.number)
+        judged = pool[acceptance.choose_from_pool([judged.reward for judged in pool], u)]
+        self._num_fallbacks += 1
+        self._num_rejected -= judged.num_drawn
+        self._keep(judged, "fallback")
+
+    def _take_back(self) -> None:
+        """Restore the reply to before the first segment that is not shown yet."""
+        self._num_takebacks += 1
+        for kept in self._held:
+            self._num_rejected += kept.attempt.num_drawn
+        first = self._held[0]
+        first.visit.pool.append(first.attempt)
+        self._segments = self._segments[: first.visit.index]
+        self._held = []
+        self._text = first.visit.before
+        self.prefix.token_ids = self._text.token_ids
+        self._visit = first.visit
+
+    def _keep(self, judged: _Judged, outcome: Outcome) -> None:
+        policy, visit = self._guard, self._current
+        segment = Segment(
+            index=visit.index,
+            num_tokens=max(0, len(judged.text.token_ids) - len(visit.before.token_ids)),
+            attempts=visit.attempts,
+            reward=judged.reward if policy.objective is not None else None,
+            threshold=visit.threshold,
+            outcome=outcome,
+            bound=visit.bound,
+        )
+        self._segments.append(segment)
+        self._text = judged.text
+        self.prefix.token_ids = judged.text.token_ids
+        self._visit = None
+        if policy.holdback:
+            self._held.append(_Kept(visit, judged, segment))
+        self._show_or_end()
+
+    def _show_or_end(self) -> None:
+        if self._text.finished:
+            self._end("stop")
+        elif len(self.prefix.token_ids) >= self._max_tokens:
+            self._end("length")
+        elif self.policy is not None and self.policy.holdback:
+            while len(self._held) > self.policy.holdback:
+                released = self._held.pop(0)
+                after = self._held[0].visit.before
+                self._show(after.showable(self._stop), released.segment)
+        else:
+            self._show(self._text.showable(self._stop), self._segments[-1])
+
+    def _show(self, text: str, segment: Segment | None) -> None:
+        assert text.startswith(self._shown)
+        new, self._shown = text[len(self._shown) :], max(text, self._shown, key=len)
+        if new or segment is not None:
+            self._tell(Delta(new, segment))
+
+    def _end(self, reason: FinishReason) -> None:
+        """Show what is left and report."""
+        not_told = [kept.segment for kept in self._held] or self._segments[-1:]
+        self._held = []
+        for segment in not_told[:-1]:
+            self._show(self._shown, segment)
+        self._show(self._text.text, not_told[-1])
+        self._report(reason)
+
+    def _end_exhausted(self) -> None:
+        """End the reply with the refusal message, after what has been shown, or raise."""
+        policy, visit = self._guard, self._current
+        if policy.acceptance.on_exhausted == "raise":
+            self._finish(
+                GuardExhausted(
+                    segment=visit.index,
+                    num_attempts=visit.attempts,
+                    num_failures=visit.num_failures,
+                    bounds=dict(visit.bounds),
+                )
+            )
+            return
+        for kept in self._held:
+            self._num_rejected += kept.attempt.num_drawn
+        if self._held:
+            first = self._held[0].visit
+            self._segments = self._segments[: first.index]
+            self._text = first.before
+            self._held = []
+        gap = "\n\n" if self._shown and not self._shown.endswith("\n") else ""
+        self._tell(Delta(gap + policy.refusal_message))
+        self._report("refusal")
+
+    def _report(self, reason: FinishReason) -> None:
+        self._finish(
+            Report(
+                finish_reason=reason,
+                segments=tuple(self._segments),
+                seed=self._seed,
+                policy=self._fingerprint,
+                prompt_reward=self.prompt_reward,
+                num_prompt_tokens=len(self.prefix.prompt_ids),
+                num_drafted_tokens=self._num_drafted,
+                num_rejected_tokens=self._num_rejected,
+                num_emitted_tokens=len(self._text.token_ids),
+                num_attempts=self._num_judged,
+                num_fallbacks=self._num_fallbacks,
+                num_takebacks=self._num_takebacks,
+                num_failures=self._num_failures,
+            )
+        )
+
+    def fail(self, error: Exception) -> None:
+        """End the reply with an exception."""
+        if not self.ended:
+            self._finish(error)
+
+    def _finish(self, event: Event) -> None:
+        self.ended = True
+        if self.inquiry is not None:
+            self.inquiry.cancel()
+            self.inquiry = None
+        self._proposed = []
+        self._tell(event)
+
+    # Without a guard
+
+    def feed(self, token_id: int) -> None:
+        """Show one more token of an unguarded reply while its segment is still being drawn."""
+        if self.ended or self._live.finished:
+            return
+        final = len(self._live.token_ids) + 1 >= self._max_tokens
+        self._live = self._live.extended(
+            (token_id,), decode=self._decode, stop=self._stop, final=final
+        )
+        self._show(self._live.showable(self._stop), None)
+
+    def take(self, candidate: Candidate) -> None:
+        """Keep what was drawn: an unguarded reply takes whatever comes."""
+        visit = self._current
+        visit.attempts += 1
+        self._num_drafted += candidate.num_drawn
+        text = self._extend(candidate)
+        self._segments.append(
+            Segment(
+                index=visit.index,
+                num_tokens=max(0, len(text.token_ids) - len(visit.before.token_ids)),
+                attempts=1,
+                reward=None,
+                threshold=None,
+                outcome="unguarded",
+                bound=None,
+            )
+        )
+        self._text = self._live = text
+        self.prefix.token_ids = text.token_ids
+        self._visit = None
+        self._show_or_end()
+
+
+def advance(
+    language_model: LanguageModel,
+    rows: Sequence[Row],
+    *,
+    workers: Workers,
+    notify: Callable[[], None],
+    barrier: bool = False,
+) -> Generator[None, None, None]:
+    """Run one round for every row; a row whose candidates all fail tries again in the next.
+
+    Rows advance independently. Candidates of a row are judged in the order of their numbers and
+    the rest of its round is thrown away, so that a larger round changes the speed and not the
+    law. Yields between pieces of device work. When it ends, a row whose `inquiry` is open waits
+    for a reward that runs in a worker: `settle` it before its next round.
+
+    Args:
+        language_model: What drafts.
+        rows: Replies of one lane, none of them ended or with an open inquiry.
+        workers: Threads for rewards that do not run on the device.
+        notify: Called, from any thread, when an inquiry may have been answered.
+        barrier: Whether no row begins its next segment before all have theirs, as in the
+            published loop; its waiting rows are computed with the others, to no effect. For
+            comparison only.
+    """
+    starting = [row for row in rows if row.wants_prompt_reward]
+    if starting:
+        yield from judging(
+            [row.ask_about_prompt() for row in starting], workers=workers, notify=notify
+        )
+        for row in starting:
+            settle(row)
+    ready = [row for row in rows if row.inquiry is None and not row.ended]
+    if not ready:
+        return
+    behind = min(row.num_segments for row in ready)
+    counts = _counts(language_model, ready)
+    drafting = language_model.drafting(
+        [row.request(count) for row, count in zip(ready, counts, strict=True)]
+    )
+    try:
+        while True:
+            try:
+                tokens = next(drafting)
+            except StopIteration as stop:
+                proposals: list[list[Candidate]] = stop.value
+                break
+            for row, token_id in zip(ready, tokens, strict=False):
+                if token_id is not None:
+                    row.feed(token_id)
+            yield
+    finally:
+        drafting.close()
+    guarded: list[Row] = []
+    for row, candidates in zip(ready, proposals, strict=True):
+        if barrier and row.num_segments > behind:
+            continue
+        if row.policy is None:
+            row.take(candidates[0])
+        else:
+            row.ask_about(candidates)
+            guarded.append(row)
+    inquiries = [row.inquiry for row in guarded if row.inquiry is not None]
+    yield from judging(inquiries, workers=workers, notify=notify)
+    for row in guarded:
+        settle(row)
+
+
+def settle(row: Row) -> bool:
+    """Let a row act on its inquiry where that has been answered; return whether it has been."""
+    if row.inquiry is None:
+        return True
+    row.inquiry.poll()
+    if not row.inquiry.done:
+        return False
+    if row.wants_prompt_reward:
+        row.take_prompt_reward()
+    else:
+        row.choose()
+    return True
+
+
+def _counts(language_model: LanguageModel, rows: Sequence[Row]) -> list[int]:
+    """Return how many candidates to draft for each row: what promises most segments a second.
+
+    Source:
+        The cost model is ours: a round with M candidates a row keeps 1 - (1 - p)^M segments of a
+        row whose attempts are accepted with probability p, in the seconds that the language
+        model and the rewards take for it.
+    """
+    guarded = [row for row in rows if row.policy is not None]
+    chosen = 1
+    adaptive = [row for row in guarded if row.policy is not None and row.policy.adaptive]
+    if adaptive:
+        size = max(row.size for row in rows)
+        cost = max((_reward_cost(row) for row in adaptive), default=0.0)
+        ceiling = min(language_model.max_candidates, max(_ceiling(row) for row in adaptive))
+        best = 0.0
+        one = language_model.round_seconds(len(rows), 1, size)
+        for count in range(1, ceiling + 1):
+            seconds = language_model.round_seconds(len(rows), count, size) + one * cost * count
+            gain = sum(
+                expected_accepted(row.acceptance_rate, min(count, _ceiling(row)))
+                for row in adaptive
+            )
+            if gain / max(seconds, 1e-9) > best * 1.02:
+                best, chosen = gain / max(seconds, 1e-9), count
+    return [_count(row, chosen, language_model.max_candidates) for row in rows]
+
+
+def _ceiling(row: Row) -> int:
+    most = row.policy.max_candidates if row.policy else 1
+    return max(1, row.attempts_left if most is None else min(most, row.attempts_left))
+
+
+def _count(row: Row, chosen: int, most: int) -> int:
+    if row.policy is None:
+        return 1
+    return min(_ceiling(row), chosen if row.policy.adaptive else most)
+
+
+def _reward_cost(row: Row) -> float:
+    return sum(scorer.cost for scorer in row.policy.scorers) if row.policy else 0.0
+
+
+def _completion(text: Text) -> Completion:
+    return Completion(
+        text=text.text,
+        finished=text.finished,
+        token_ids=text.token_ids if text.exact else None,
+    )
+
+
+def _combine(reward: Reward, values: dict[Leaf, float]) -> float | None:
+    """Return a reward's value; None where the arithmetic fails or leaves the finite numbers."""
+    try:
+        value = float(reward.combine(values))
+    except (ArithmeticError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def scorers_of(rows: Iterable[Row]) -> list[Scorer]:
+    """Return the scorers that judge some rows, each once."""
+    return list(
+        dict.fromkeys(scorer for row in rows if row.policy for scorer in row.policy.scorers)
+    )

@@ -1,0 +1,577 @@
+"""One thread owns a device; replies are rows that join, advance and leave at round boundaries.
+
+Knows rows, lanes, queues and deadlines; nothing of LangChain. Every call, from whatever thread or
+event loop, enqueues a row and waits for what it tells.
+"""
+
+import asyncio
+import atexit
+import logging
+import math
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from langchain_stars.decoder import Delta, Event, Policy, Report, Row, advance, settle
+from langchain_stars.judging import Workers
+from langchain_stars.language_models.base import LanguageModel, Prefix, Sampling
+from langchain_stars.randomness import new_seed
+from langchain_stars.rewards.base import Chat, Subject
+
+_log = logging.getLogger(__name__)
+
+Priority: TypeAlias = Literal["interactive", "batch"]
+"""Whose work goes first: somebody's who waits for one reply, or a batch's."""
+
+_WEIGHTS: dict[Priority, float] = {"interactive": 4.0, "batch": 1.0}
+_GRACE_SECONDS = 0.002
+_JOIN_SECONDS = 10.0
+
+
+class EngineError(RuntimeError):
+    """The engine could not do the work. Carries names, counts and types, never anybody's words."""
+
+
+class QueueFullError(EngineError):
+    """As many replies wait as may."""
+
+
+class DeadlineExceededError(EngineError, TimeoutError):
+    """The reply was not finished within its `timeout`."""
+
+
+class EngineClosedError(EngineError):
+    """The engine was shut down while the reply was in progress."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What a reply is to be.
+
+    Attributes:
+        language_model: What drafts.
+        chat: Messages of the thread, for the rewards.
+        prompt_ids: The chat templated and tokenised.
+        policy: The guard; None leaves the reply unguarded.
+        sampling: How tokens are drawn.
+        max_tokens: Most tokens of the reply, at least 1.
+        stop: Stop strings, none of them empty.
+        seed: Decides every draw of the reply; None takes one that no one can foresee.
+        timeout: Seconds, above 0, that the reply may take, waiting included; None is no limit.
+        max_queue: Most replies that may wait, at least 0, for this one to be taken.
+        priority: `"batch"` where many replies were asked for at once.
+        partition: Name under which computed prompts may be shared with other replies.
+        segment_size: Tokens drawn at once for an unguarded reply.
+        streamed: Whether an unguarded reply is wanted token by token.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    language_model: LanguageModel
+    chat: Chat
+    prompt_ids: Sequence[int]
+    policy: Policy | None
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int = 256
+    stop: Sequence[str] = ()
+    seed: int | None = None
+    timeout: float | None = None
+    max_queue: int = 1024
+    priority: Priority = "interactive"
+    partition: str = ""
+    segment_size: int = 16
+    streamed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"`max_tokens` must be at least 1, got {self.max_tokens}")
+        if not self.prompt_ids:
+            raise ValueError("`prompt_ids` must hold at least one token, got none")
+        if any(not string for string in self.stop):
+            raise ValueError("`stop` must not hold an empty string")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ValueError(f"`timeout` must be above 0, got {self.timeout}")
+        if self.max_queue < 0:
+            raise ValueError(f"`max_queue` must be at least 0, got {self.max_queue}")
+
+
+class Reply:
+    """What a caller holds of a row: its events, and the right to drop it.
+
+    Iterating yields `Delta`s, and ends when `report` is there; what went wrong is raised. A reply
+    that is not read to its end, for whatever reason, must be cancelled: its row then leaves at the
+    next round boundary.
+    """
+
+    def __init__(self, order: Order, engine: "Engine") -> None:
+        self.order = order
+        self.report: Report | None = None
+        self.cancelled = False
+        self.deadline = math.inf if order.timeout is None else time.monotonic() + order.timeout
+        self._engine = engine
+        self._put: Callable[[Event], None]
+
+    def cancel(self) -> None:
+        """Let the row leave; it tells nothing any more."""
+        if not self.cancelled:
+            self.cancelled = True
+            self._engine.wake()
+
+    def tell(self, event: Event) -> None:
+        """Pass on an event of the row; called by the engine's thread."""
+        if not self.cancelled:
+            self._put(event)
+
+    def _take(self, event: Event) -> Delta | None:
+        """Return a delta to yield, or None at the end."""
+        if isinstance(event, Delta):
+            return event
+        if isinstance(event, Report):
+            self.report = event
+            return None
+        raise event from None
+
+    @property
+    def _patience(self) -> float | None:
+        """Seconds to wait for the next event; the engine itself keeps the deadline if it can."""
+        if self.deadline == math.inf:
+            return None
+        return max(0.0, self.deadline - time.monotonic()) + 1.0
+
+
+class SyncReply(Reply):
+    """A reply whose events a thread reads."""
+
+    def __init__(self, order: Order, engine: "Engine") -> None:
+        super().__init__(order, engine)
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._put = self._events.put
+
+    def __iter__(self) -> Iterator[Delta]:
+        """Yield the deltas; cancel where the reader stops early."""
+        try:
+            while True:
+                try:
+                    event = self._events.get(timeout=self._patience)
+                except queue.Empty:
+                    event = _late(self.order)
+                delta = self._take(event)
+                if delta is None:
+                    return
+                yield delta
+        finally:
+            self.cancel()
+
+
+class AsyncReply(Reply):
+    """A reply whose events a task reads."""
+
+    def __init__(self, order: Order, engine: "Engine") -> None:
+        super().__init__(order, engine)
+        loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+        def put(event: Event) -> None:
+            try:
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
+            except RuntimeError:  # the loop is closed: nobody reads any more
+                self.cancel()
+
+        self._put = put
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        """Yield the deltas; cancel where the reader stops early or its task is cancelled."""
+        try:
+            while True:
+                try:
+                    event = await asyncio.wait_for(self._events.get(), self._patience)
+                except asyncio.TimeoutError:
+                    event = _late(self.order)
+                delta = self._take(event)
+                if delta is None:
+                    return
+                yield delta
+        finally:
+            self.cancel()
+
+
+def _late(order: Order) -> DeadlineExceededError:
+    return DeadlineExceededError(f"the reply was not finished within `timeout`={order.timeout} s")
+
+
+@dataclass(slots=True, eq=False)
+class _Seat:
+    """A row in progress and who waits for it."""
+
+    row: Row
+    reply: Reply
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """Rows that share rounds: those of one language model and one priority."""
+
+    language_model: LanguageModel
+    priority: Priority
+    waiting: deque[Reply] = field(default_factory=deque)
+    seats: list[_Seat] = field(default_factory=list)
+    round: Generator[None, None, None] | None = None
+    in_round: list[_Seat] = field(default_factory=list)
+    served: float = 0.0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.seats or self.round)
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What an engine has done, in counts.
+
+    Attributes:
+        num_rounds: Rounds begun.
+        num_row_rounds: Rows in them, added up.
+        num_waiting_rounds: Rounds begun while a reply of the lane was waiting for room.
+        num_waiting_row_rounds: Rows in those.
+        num_replies: Replies ended, however.
+        num_failures: Replies ended by an error of the language model.
+    """
+
+    num_rounds: int = 0
+    num_row_rounds: int = 0
+    num_waiting_rounds: int = 0
+    num_waiting_row_rounds: int = 0
+    num_replies: int = 0
+    num_failures: int = 0
+
+
+class Engine:
+    """Runs the rounds of all replies of one device, in one thread.
+
+    Rows of one language model share rounds. An interactive reply does not wait for a flood of
+    batch rows: the two take turns on the device, by time, between the pieces of their rounds.
+
+    Attributes:
+        max_rows: Most rows of a lane in progress; None leaves it to the language model.
+        barrier: Whether rows wait for each other at every segment; for comparison only.
+        statistics: Counts.
+    """
+
+    def __init__(
+        self, name: str = "cpu", *, max_rows: int | None = None, barrier: bool = False
+    ) -> None:
+        self.name = name
+        self.max_rows = max_rows
+        self.barrier = barrier
+        self.statistics = Statistics()
+        self._workers = Workers()
+        self._changed = threading.Condition()
+        self._arrivals: deque[Reply] = deque()
+        self._num_open: dict[LanguageModel, int] = {}
+        self._lanes: list[_Lane] = []
+        self._woken = False
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    # What any thread may call
+
+    def reply(self, order: Order) -> SyncReply:
+        """Enqueue a reply that this thread will read.
+
+        Raises:
+            QueueFullError: As many replies wait as may.
+            EngineClosedError: The engine was shut down.
+        """
+        reply = SyncReply(order, self)
+        self._enqueue(reply)
+        return reply
+
+    def areply(self, order: Order) -> AsyncReply:
+        """Enqueue a reply that this task will read; raises what `reply` raises."""
+        reply = AsyncReply(order, self)
+        self._enqueue(reply)
+        return reply
+
+    def wake(self) -> None:
+        """Have the thread look at what has changed."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify()
+
+    def close(self, *, timeout: float = _JOIN_SECONDS) -> None:
+        """End every reply in progress with `EngineClosedError`, and the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+
+    def _enqueue(self, reply: Reply) -> None:
+        with self._changed:
+            if self._closed:
+                raise EngineClosedError("the engine was shut down")
+            order = reply.order
+            num_open = self._num_open.get(order.language_model, 0)
+            room = self._num_rows(order.language_model)
+            if num_open >= room + order.max_queue:
+                raise QueueFullError(
+                    f"{room} replies are in progress, {num_open - room} wait already, and "
+                    f"`max_queue` is {order.max_queue}; ask again later, or raise it"
+                )
+            self._num_open[order.language_model] = num_open + 1
+            self._arrivals.append(reply)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name=f"stars-engine-{self.name}", daemon=True
+                )
+                self._thread.start()
+            self._changed.notify()
+
+    # What the thread does
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if not self._closed and not self._arrivals and not self._woken:
+                    pause = self._pause()
+                    if pause > 0:
+                        self._changed.wait(None if pause == math.inf else pause)
+                closed = self._closed
+                arrivals, self._arrivals = self._arrivals, deque()
+                self._woken = False
+            for reply in arrivals:
+                self._lane_of(reply.order).waiting.append(reply)
+            if closed:
+                self._end_all()
+                return
+            for lane in self._lanes:
+                try:
+                    self._tend(lane)
+                except Exception as error:
+                    self._abandon(lane, error)
+            self._lanes = [lane for lane in self._lanes if lane.busy]
+            ready = [lane for lane in self._lanes if lane.round is not None]
+            if ready:
+                self._step(min(ready, key=lambda lane: lane.served))
+
+    def _pause(self) -> float:
+        """Return how long nothing can happen, in seconds, unless the thread is woken."""
+        if any(lane.round is not None for lane in self._lanes):
+            return 0.0
+        moments = [math.inf]
+        for lane in self._lanes:
+            moments += [reply.deadline for reply in lane.waiting]
+            for seat in lane.seats:
+                moments.append(seat.reply.deadline)
+                if seat.row.inquiry is not None:
+                    moments.append(seat.row.inquiry.deadline)
+        first = min(moments)
+        return first if first == math.inf else max(0.0, first - time.monotonic())
+
+    def _lane_of(self, order: Order) -> _Lane:
+        for lane in self._lanes:
+            if lane.language_model is order.language_model and lane.priority == order.priority:
+                return lane
+        lane = _Lane(order.language_model, order.priority)
+        lane.served = min((other.served for other in self._lanes), default=0.0)
+        self._lanes.append(lane)
+        return lane
+
+    def _tend(self, lane: _Lane) -> None:
+        """Drop who has gone, admit who waits, and begin a round where none is in progress."""
+        now = time.monotonic()
+        for _ in range(len(lane.waiting)):
+            reply = lane.waiting.popleft()
+            if reply.cancelled or reply.deadline <= now:
+                self._leave(reply)
+                reply.tell(_late(reply.order))
+            else:
+                lane.waiting.append(reply)
+        if lane.round is not None:
+            if all(seat.reply.cancelled or seat.reply.deadline <= now for seat in lane.in_round):
+                lane.round.close()
+                lane.round, lane.in_round = None, []
+            else:
+                return
+        for seat in lane.seats:
+            if not seat.row.ended and seat.reply.deadline <= now:
+                seat.row.fail(_late(seat.reply.order))
+            if not seat.row.ended and not seat.reply.cancelled:
+                self._settle(seat)
+        self._dismiss(lane)
+        room = self._num_rows(lane.language_model) - len(lane.seats)
+        while lane.waiting and room > 0:
+            self._admit(lane, lane.waiting.popleft())
+            room -= 1
+        lane.in_round = [seat for seat in lane.seats if seat.row.inquiry is None]
+        if lane.in_round:
+            lane.round = advance(
+                lane.language_model,
+                [seat.row for seat in lane.in_round],
+                workers=self._workers,
+                notify=self.wake,
+                barrier=self.barrier,
+            )
+            self.statistics.num_rounds += 1
+            self.statistics.num_row_rounds += len(lane.in_round)
+            if lane.waiting:
+                self.statistics.num_waiting_rounds += 1
+                self.statistics.num_waiting_row_rounds += len(lane.in_round)
+
+    def _settle(self, seat: _Seat) -> None:
+        try:
+            settle(seat.row)
+        except Exception as error:
+            seat.row.fail(_failure(error))
+
+    def _admit(self, lane: _Lane, reply: Reply) -> None:
+        order = reply.order
+        row = Row(
+            prefix=Prefix(order.prompt_ids, lane=order.priority, partition=order.partition),
+            subject=Subject(
+                order.chat, vocabulary=order.language_model.vocabulary, lane=order.priority
+            ),
+            policy=order.policy,
+            sampling=order.sampling,
+            seed=new_seed() if order.seed is None else order.seed,
+            max_tokens=order.max_tokens,
+            decode=order.language_model.decode,
+            tell=reply.tell,
+            stop=order.stop,
+            segment_size=order.segment_size,
+            streamed=order.streamed,
+        )
+        lane.seats.append(_Seat(row, reply))
+
+    def _num_rows(self, language_model: LanguageModel) -> int:
+        most = language_model.max_rows
+        return most if self.max_rows is None else min(most, self.max_rows)
+
+    def _leave(self, reply: Reply) -> None:
+        """Count a reply that has ended."""
+        self.statistics.num_replies += 1
+        model = reply.order.language_model
+        with self._changed:
+            self._num_open[model] -= 1
+            if not self._num_open[model]:
+                del self._num_open[model]
+
+    def _step(self, lane: _Lane) -> None:
+        """Do one piece of a lane's round."""
+        assert lane.round is not None
+        begin = time.perf_counter()
+        try:
+            next(lane.round)
+        except StopIteration:
+            lane.round, lane.in_round = None, []
+            self._grace(lane)
+        except Exception as error:
+            self._fail(lane, error, lane.in_round)
+        finally:
+            lane.served += (time.perf_counter() - begin) / _WEIGHTS[lane.priority]
+
+    def _grace(self, lane: _Lane) -> None:
+        """Wait a moment for quick rewards in workers, so that their rows do not miss a round."""
+        end = time.monotonic() + _GRACE_SECONDS
+        open_seats = [seat for seat in lane.seats if seat.row.inquiry is not None]
+        while open_seats and time.monotonic() < end:
+            with self._changed:
+                if not self._woken:
+                    self._changed.wait(_GRACE_SECONDS)
+                self._woken = False
+            for seat in open_seats:
+                self._settle(seat)
+            open_seats = [seat for seat in open_seats if seat.row.inquiry is not None]
+        self._dismiss(lane)
+
+    def _fail(self, lane: _Lane, error: Exception, seats: Sequence[_Seat]) -> None:
+        """End the rows of a round that went wrong; the engine itself goes on."""
+        _log.error("a round of %d rows failed: %s", len(seats), type(error).__name__)
+        for seat in seats:
+            self.statistics.num_failures += 1
+            seat.row.fail(_failure(error))
+        lane.round, lane.in_round = None, []
+        self._dismiss(lane)
+
+    def _abandon(self, lane: _Lane, error: Exception) -> None:
+        """End every row of a lane whose models cannot even be asked."""
+        self._fail(lane, error, lane.seats)
+        for reply in lane.waiting:
+            self._leave(reply)
+            reply.tell(_failure(error))
+        lane.waiting.clear()
+
+    def _dismiss(self, lane: _Lane) -> None:
+        """Let the rows leave that have ended or that nobody waits for."""
+        staying: list[_Seat] = []
+        for seat in lane.seats:
+            row = seat.row
+            if not row.ended and not seat.reply.cancelled:
+                staying.append(seat)
+                continue
+            self._leave(seat.reply)
+            if row.inquiry is not None:
+                row.inquiry.cancel()
+            lane.language_model.release(row.prefix)
+            for scorer in row.policy.scorers if row.policy else ():
+                scorer.release(row.subject)
+        lane.seats = staying
+
+    def _end_all(self) -> None:
+        for lane in self._lanes:
+            if lane.round is not None:
+                lane.round.close()
+                lane.round, lane.in_round = None, []
+            for seat in lane.seats:
+                seat.row.fail(EngineClosedError("the engine was shut down"))
+            self._dismiss(lane)
+            for reply in lane.waiting:
+                self._leave(reply)
+                reply.tell(EngineClosedError("the engine was shut down"))
+        self._lanes = []
+
+
+def _failure(error: Exception) -> EngineError:
+    """Return what a caller is told of an error that may hold anybody's words."""
+    return EngineError(f"the language model failed: {type(error).__name__}")
+
+
+_engines: dict[str, Engine] = {}
+_engines_lock = threading.Lock()
+
+
+def engine_for(device: str) -> Engine:
+    """Return the engine that owns a device, the same for all who ask; begun where there is none."""
+    with _engines_lock:
+        engine = _engines.get(device)
+        if engine is None or engine._closed:
+            engine = _engines[device] = Engine(device)
+        return engine
+
+
+def shut_down() -> None:
+    """End every engine; the next reply begins a new one."""
+    with _engines_lock:
+        engines = list(_engines.values())
+        _engines.clear()
+    for engine in engines:
+        engine.close()
+
+
+def _forget() -> None:
+    """Forget, in a forked child, the engines whose threads stayed in the parent."""
+    global _engines_lock
+    _engines_lock = threading.Lock()
+    _engines.clear()
+
+
+atexit.register(shut_down)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
