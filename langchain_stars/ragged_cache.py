@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import sdpa_mask
 
-ATTENTION = "packed_sdpa"
+ATTENTION = "ragged_sdpa"
 """Name of the attention, for `attn_implementation`, that never widens keys to all query heads."""
 
 
