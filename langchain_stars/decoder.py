@@ -118,7 +118,9 @@ class Policy:
         if self.reward_timeout is not None and not self.reward_timeout > 0:
             raise ValueError(f"`reward_timeout` must be above 0, got {self.reward_timeout}")
         if (self.objective is None) != (self.acceptance.schedule is None):
-            raise ValueError("an objective needs a schedule of thresholds, and a schedule an objective")
+            raise ValueError(
+                "an objective needs a schedule of thresholds, and a schedule an objective"
+            )
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -409,7 +411,7 @@ class Row:
         values = self.inquiry.values(0)
         self.inquiry = None
         self._wants_prompt_reward = False
-        reward = _combine(self.policy.objective, values) if values is not None else None
+        reward = combine(self.policy.objective, values) if values is not None else None
         if reward is None:
             self._num_failures += 1
         self.prompt_reward = reward
@@ -418,9 +420,7 @@ class Row:
         """Return the question what the candidates are worth."""
         self._proposed = [(candidate, self._extend(candidate)) for candidate in candidates]
         self._num_drafted += sum(candidate.num_drawn for candidate in candidates)
-        return self._ask(
-            tuple(_completion(text) for _, text in self._proposed), self._leaves
-        )
+        return self._ask(tuple(_completion(text) for _, text in self._proposed), self._leaves)
 
     def _ask(self, completions: tuple[Completion, ...], leaves: Sequence[Leaf]) -> Inquiry:
         assert self.policy is not None
@@ -485,14 +485,14 @@ class Row:
         if values is None:
             return None, None
         for constraint in policy.constraints:
-            value = _combine(constraint.reward, values)
+            value = combine(constraint.reward, values)
             if value is None:
                 return None, None
             if not floor_holds(value, constraint.floor):
                 return None, constraint.name
         if policy.objective is None:
             return _Judged(candidate.attempt, text, 0.0, candidate.num_drawn), None
-        reward = _combine(policy.objective, values)
+        reward = combine(policy.objective, values)
         if reward is None:
             return None, None
         judged = _Judged(candidate.attempt, text, reward, candidate.num_drawn)
@@ -809,7 +809,7 @@ def _completion(text: Text) -> Completion:
     )
 
 
-def _combine(reward: Reward, values: dict[Leaf, float]) -> float | None:
+def combine(reward: Reward, values: dict[Leaf, float]) -> float | None:
     """Return a reward's value; None where the arithmetic fails or leaves the finite numbers."""
     try:
         value = float(reward.combine(values))

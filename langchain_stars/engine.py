@@ -1,7 +1,7 @@
 """One thread owns a device; replies are rows that join, advance and leave at round boundaries.
 
 Knows rows, lanes, queues and deadlines; nothing of LangChain. Every call, from whatever thread or
-event loop, enqueues a row and waits for what it tells.
+event loop, enqueues a row and waits for what it tells, or asks a reward and waits for its answer.
 """
 
 import asyncio
@@ -14,14 +14,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from langchain_stars.decoder import Delta, Event, Policy, Report, Row, advance, settle
-from langchain_stars.judging import Workers
+from langchain_stars.decoder import Delta, Event, Policy, Report, Row, advance, combine, settle
+from langchain_stars.judging import Inquiry, Workers, judging
 from langchain_stars.language_models.base import LanguageModel, Prefix, Sampling
 from langchain_stars.randomness import new_seed
-from langchain_stars.rewards.base import Chat, Subject
+from langchain_stars.rewards.base import (
+    Chat,
+    Completion,
+    Leaf,
+    Reward,
+    ScoreRequest,
+    Subject,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +39,11 @@ Priority: TypeAlias = Literal["interactive", "batch"]
 _WEIGHTS: dict[Priority, float] = {"interactive": 4.0, "batch": 1.0}
 _GRACE_SECONDS = 0.002
 _JOIN_SECONDS = 10.0
+_MAX_QUESTIONS = 1024
+_MAX_QUESTIONS_AT_ONCE = 8
+_NOTHING = Completion(text="", finished=False, token_ids=())
+
+_Values: TypeAlias = list[dict[Leaf, float] | None]
 
 
 class EngineError(RuntimeError):
@@ -191,7 +204,7 @@ class AsyncReply(Reply):
             while True:
                 try:
                     event = await asyncio.wait_for(self._events.get(), self._patience)
-                except asyncio.TimeoutError:
+                except TimeoutError:
                     event = _late(self.order)
                 delta = self._take(event)
                 if delta is None:
@@ -230,6 +243,39 @@ class _Lane:
         return bool(self.waiting or self.seats or self.round)
 
 
+@dataclass(slots=True, eq=False)
+class _Question:
+    """What rewards are asked outside of a reply, and the answer that somebody waits for."""
+
+    inquiries: list[Inquiry]
+    answer: Future[_Values] = field(default_factory=Future)
+
+    def settle(self) -> bool:
+        """Answer where everything has been judged or nobody waits; return whether it is over."""
+        if not self.answer.cancelled():
+            for inquiry in self.inquiries:
+                inquiry.poll()
+            if not all(inquiry.done for inquiry in self.inquiries):
+                return False
+            if self.answer.set_running_or_notify_cancel():
+                self.answer.set_result([inquiry.values(0) for inquiry in self.inquiries])
+        self.end()
+        return True
+
+    def fail(self, error: Exception) -> None:
+        """Answer with an exception, where somebody still waits."""
+        if self.answer.set_running_or_notify_cancel():
+            self.answer.set_exception(error)
+        self.end()
+
+    def end(self) -> None:
+        """Drop what was computed for it."""
+        for inquiry in self.inquiries:
+            inquiry.cancel()
+            for scorer in inquiry.scorers:
+                scorer.release(inquiry.request.subject)
+
+
 @dataclass(slots=True)
 class Statistics:
     """What an engine has done, in counts.
@@ -241,6 +287,7 @@ class Statistics:
         num_waiting_row_rounds: Rows in those.
         num_replies: Replies ended, however.
         num_failures: Replies ended by an error of the language model.
+        num_questions: Questions put to rewards outside of replies.
     """
 
     num_rounds: int = 0
@@ -249,6 +296,7 @@ class Statistics:
     num_waiting_row_rounds: int = 0
     num_replies: int = 0
     num_failures: int = 0
+    num_questions: int = 0
 
 
 class Engine:
@@ -256,6 +304,7 @@ class Engine:
 
     Rows of one language model share rounds. An interactive reply does not wait for a flood of
     batch rows: the two take turns on the device, by time, between the pieces of their rounds.
+    What a reward is asked outside of a reply takes turns with the lanes, a piece each.
 
     Attributes:
         max_rows: Most rows of a lane in progress; None leaves it to the language model.
@@ -275,6 +324,9 @@ class Engine:
         self._arrivals: deque[Reply] = deque()
         self._num_open: dict[LanguageModel, int] = {}
         self._lanes: list[_Lane] = []
+        self._questions: deque[_Question] = deque()
+        self._asked: list[_Question] = []
+        self._hearing: Generator[None, None, None] | None = None
         self._woken = False
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -297,6 +349,93 @@ class Engine:
         reply = AsyncReply(order, self)
         self._enqueue(reply)
         return reply
+
+    def judge(
+        self,
+        reward: Reward,
+        chats: Sequence[Chat],
+        *,
+        completion: Completion = _NOTHING,
+        timeout: float | None = None,
+    ) -> list[float | None]:
+        """Return what a reward says of a reply to each of some chats, outside of any reply.
+
+        Args:
+            reward: What is asked; loaded in the caller's thread.
+            chats: The threads, each judged by itself.
+            completion: The reply; the empty open one if not given.
+            timeout: Seconds, above 0, to wait for the answer once the reward is loaded, and for
+                each call of a reward that runs in a worker; None is no limit.
+
+        Returns:
+            One finite number a chat, in the reward's units; None where the reward failed.
+
+        Raises:
+            QueueFullError: As many questions wait as may.
+            DeadlineExceededError: There was no answer within `timeout`.
+            EngineClosedError: The engine was shut down.
+        """
+        reward.load()
+        answer = self._ask(reward, chats, completion, timeout)
+        try:
+            values = answer.result(timeout)
+        except TimeoutError:
+            raise _unanswered(timeout) from None
+        finally:
+            self._drop(answer)
+        return [None if each is None else combine(reward, each) for each in values]
+
+    async def ajudge(
+        self,
+        reward: Reward,
+        chats: Sequence[Chat],
+        *,
+        completion: Completion = _NOTHING,
+        timeout: float | None = None,
+    ) -> list[float | None]:
+        """Await what `judge` returns; a cancelled task asks no longer."""
+        await asyncio.to_thread(reward.load)
+        answer = self._ask(reward, chats, completion, timeout)
+        try:
+            values = await asyncio.wait_for(asyncio.wrap_future(answer), timeout)
+        except TimeoutError:
+            raise _unanswered(timeout) from None
+        finally:
+            self._drop(answer)
+        return [None if each is None else combine(reward, each) for each in values]
+
+    def _ask(
+        self, reward: Reward, chats: Sequence[Chat], completion: Completion, timeout: float | None
+    ) -> Future[_Values]:
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"`timeout` must be above 0, got {timeout}")
+        inquiries = [
+            Inquiry(
+                ScoreRequest(
+                    subject=Subject(chat, lane="questions"),
+                    accepted=_NOTHING,
+                    candidates=(completion,),
+                ),
+                reward.leaves,
+                timeout=timeout,
+            )
+            for chat in chats
+        ]
+        question = _Question(inquiries)
+        with self._changed:
+            if self._closed:
+                raise EngineClosedError("the engine was shut down")
+            if len(self._questions) >= _MAX_QUESTIONS:
+                raise QueueFullError(f"{len(self._questions)} questions wait already")
+            self._questions.append(question)
+            self._begin()
+            self._changed.notify()
+        return question.answer
+
+    def _drop(self, answer: Future[_Values]) -> None:
+        """Ask no longer, where there is no answer yet."""
+        if answer.cancel():
+            self.wake()
 
     def wake(self) -> None:
         """Have the thread look at what has changed."""
@@ -327,12 +466,16 @@ class Engine:
                 )
             self._num_open[order.language_model] = num_open + 1
             self._arrivals.append(reply)
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name=f"stars-engine-{self.name}", daemon=True
-                )
-                self._thread.start()
+            self._begin()
             self._changed.notify()
+
+    def _begin(self) -> None:
+        """Start the thread where there is none; under the lock."""
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._run, name=f"stars-engine-{self.name}", daemon=True
+            )
+            self._thread.start()
 
     # What the thread does
 
@@ -360,12 +503,17 @@ class Engine:
             ready = [lane for lane in self._lanes if lane.round is not None]
             if ready:
                 self._step(min(ready, key=lambda lane: lane.served))
+            self._hear()
 
     def _pause(self) -> float:
         """Return how long nothing can happen, in seconds, unless the thread is woken."""
+        if self._questions or self._hearing is not None:
+            return 0.0
         if any(lane.round is not None for lane in self._lanes):
             return 0.0
         moments = [math.inf]
+        for question in self._asked:
+            moments += [inquiry.deadline for inquiry in question.inquiries]
         for lane in self._lanes:
             moments += [reply.deadline for reply in lane.waiting]
             for seat in lane.seats:
@@ -374,6 +522,36 @@ class Engine:
                     moments.append(seat.row.inquiry.deadline)
         first = min(moments)
         return first if first == math.inf else max(0.0, first - time.monotonic())
+
+    def _hear(self) -> None:
+        """Do one piece of what is asked outside of replies; answer what has been judged."""
+        if self._hearing is None:
+            begun: list[_Question] = []
+            with self._changed:
+                while self._questions and len(begun) < _MAX_QUESTIONS_AT_ONCE:
+                    begun.append(self._questions.popleft())
+            begun = [question for question in begun if not question.answer.cancelled()]
+            if begun:
+                self.statistics.num_questions += len(begun)
+                self._asked += begun
+                self._hearing = judging(
+                    [inquiry for question in begun for inquiry in question.inquiries],
+                    workers=self._workers,
+                    notify=self.wake,
+                )
+        try:
+            if self._hearing is not None:
+                next(self._hearing)
+                return
+        except StopIteration:
+            self._hearing = None
+        except Exception as error:
+            _log.error("%d questions failed: %s", len(self._asked), type(error).__name__)
+            self._hearing = None
+            asked, self._asked = self._asked, []
+            for question in asked:
+                question.fail(EngineError(f"the rewards failed: {type(error).__name__}"))
+        self._asked = [question for question in self._asked if not question.settle()]
 
     def _lane_of(self, order: Order) -> _Lane:
         for lane in self._lanes:
@@ -536,6 +714,18 @@ class Engine:
                 self._leave(reply)
                 reply.tell(EngineClosedError("the engine was shut down"))
         self._lanes = []
+        if self._hearing is not None:
+            self._hearing.close()
+            self._hearing = None
+        with self._changed:
+            questions, self._questions = [*self._asked, *self._questions], deque()
+        self._asked = []
+        for question in questions:
+            question.fail(EngineClosedError("the engine was shut down"))
+
+
+def _unanswered(timeout: float | None) -> DeadlineExceededError:
+    return DeadlineExceededError(f"the reward did not answer within `timeout`={timeout} s")
 
 
 def _failure(error: Exception) -> EngineError:
