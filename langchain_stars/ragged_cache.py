@@ -46,6 +46,11 @@ class RaggedLayer(StaticLayer):
         super().__init__(max_cache_len=0)
         self._cache = cache
 
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Keys and values, or nothing before the first forward pass."""
+        return () if self.keys is None or self.values is None else (self.keys, self.values)
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers for the heads, size, type and device of what is written first."""
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -63,7 +68,9 @@ class RaggedLayer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         place = self._cache.place
-        assert place is not None and self.keys is not None and self.values is not None
+        assert place is not None
+        assert self.keys is not None
+        assert self.values is not None
         if isinstance(place.rows, slice):
             read = []
             for buffer, states in ((self.keys, key_states), (self.values, value_states)):
@@ -107,16 +114,16 @@ class RaggedCache(Cache):
         self.num_rows = 0
         self.num_slots = 0
         self.place: _Place | None = None
-        super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
+        self._layers = [RaggedLayer(self) for _ in range(num_layers)]
+        super().__init__(layers=list(self._layers))
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all buffers."""
         return sum(
             buffer.numel() * buffer.element_size()
-            for layer in self.layers
-            for buffer in (layer.keys, layer.values)
-            if buffer is not None
+            for layer in self._layers
+            for buffer in layer.buffers
         )
 
     def resize(self, num_rows: int, num_slots: int) -> None:
@@ -129,10 +136,10 @@ class RaggedCache(Cache):
             return
         old = (self.num_rows, self.num_slots)
         try:
-            for layer in self.layers:
+            for layer in self._layers:
                 _resize(layer, num_rows, num_slots)
         except BaseException:
-            for layer in self.layers:
+            for layer in self._layers:
                 _resize(layer, min(num_rows, old[0]), min(num_slots, old[1]))
             self.num_rows, self.num_slots = min(num_rows, old[0]), min(num_slots, old[1])
             raise
@@ -164,17 +171,15 @@ class RaggedCache(Cache):
         A kept branch becomes the row's continuation. The copy is whole before any slot is
         written, so that the two may overlap.
         """
-        for layer in self.layers:
-            if layer.is_initialized:
-                for buffer in (layer.keys, layer.values):
-                    buffer[rows[:, None], :, target] = buffer[rows[:, None], :, source]
+        for layer in self._layers:
+            for buffer in layer.buffers:
+                buffer[rows[:, None], :, target] = buffer[rows[:, None], :, source]
 
     def copy_row(self, source: int, target: int, *, num_slots: int) -> None:
         """Copy the first slots of a row to another."""
-        for layer in self.layers:
-            if layer.is_initialized:
-                for buffer in (layer.keys, layer.values):
-                    buffer[target, :, :num_slots] = buffer[source, :, :num_slots]
+        for layer in self._layers:
+            for buffer in layer.buffers:
+                buffer[target, :, :num_slots] = buffer[source, :, :num_slots]
 
 
 def _resize(layer: RaggedLayer, num_rows: int, num_slots: int) -> None:
@@ -235,7 +240,9 @@ def packed_sdpa(
     groups = heads // key.shape[1]
     if groups > 1 and attention_mask is not None:
         folded = query.reshape(batch, key.shape[1], groups * queries, size)
-        mask = attention_mask[..., : key.shape[2]].expand(-1, 1, queries, -1).repeat(1, 1, groups, 1)
+        mask = (
+            attention_mask[..., : key.shape[2]].expand(-1, 1, queries, -1).repeat(1, 1, groups, 1)
+        )
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
         out = out.reshape(batch, heads, queries, value.shape[-1])
     else:

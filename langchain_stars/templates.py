@@ -43,6 +43,7 @@ def encode_chat(
     chat: Chat,
     *,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
     """Return the token ids of a chat by the tokenizer's own template.
@@ -53,6 +54,7 @@ def encode_chat(
         [dict(message) for message in chat],
         tools=[dict(tool) for tool in tools] if tools else None,
         add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
         sanitize_control_tokens=True,
         return_dict=True,
     )
@@ -73,15 +75,23 @@ class TextEncoder:
         if alone != self._encode(["\na"], plain=True)[0][len(line_break) :]:
             self._line_break = line_break
 
-    def encode(self, texts: Sequence[str], *, plain: bool = True) -> list[list[int]]:
+    @property
+    def adds_space(self) -> bool:
+        """Whether the tokenizer adds a space to the beginning of a text."""
+        return bool(self._line_break)
+
+    def encode(
+        self, texts: Sequence[str], *, plain: bool = True, begins: bool = False
+    ) -> list[list[int]]:
         """Return the token ids of each text.
 
         Args:
             texts: The texts.
             plain: Whether control tokens that occur in them are text; else they are tokens, as
                 in what a template writes.
+            begins: Whether each text begins a text of its own, after all.
         """
-        if not self._line_break:
+        if begins or not self._line_break:
             return self._encode(texts, plain=plain)
         encoded = self._encode(["\n" + text for text in texts], plain=plain)
         begin = len(self._line_break)

@@ -36,8 +36,10 @@ class WeightedSum(Reward):
         if self.constant or not parts:
             parts.append((self.constant < 0, f"{abs(self.constant):g}"))
         (negative, first), *others = parts
-        return ("-" if negative else "") + first + "".join(
-            f" {'-' if negative else '+'} {text}" for negative, text in others
+        return (
+            ("-" if negative else "")
+            + first
+            + "".join(f" {'-' if negative else '+'} {text}" for negative, text in others)
         )
 
     @property
@@ -181,9 +183,13 @@ class Constraint:
     def name(self) -> str:
         """The constraint as one writes it."""
         reward = self.reward
-        if isinstance(reward, WeightedSum) and reward.terms and not reward.constant:
-            if all(weight < 0 for weight, _ in reward.terms):
-                return f"{scale(reward, -1.0).name} <= {0.0 - self.floor:g}"
+        if (
+            isinstance(reward, WeightedSum)
+            and reward.terms
+            and not reward.constant
+            and all(weight < 0 for weight, _ in reward.terms)
+        ):
+            return f"{scale(reward, -1.0).name} <= {0.0 - self.floor:g}"
         return f"{reward.name} >= {self.floor:g}"
 
     def holds(self, value: float) -> bool:
@@ -244,7 +250,9 @@ def scale(reward: Reward | float, factor: float) -> Reward:
             "other; write a weighted sum, or `minimum(a, b)` where both must be good"
         )
     factor = _number("factor", factor)
-    terms, constant = _terms(reward) if isinstance(reward, Reward) else ((), _number("reward", reward))
+    terms, constant = (
+        _terms(reward) if isinstance(reward, Reward) else ((), _number("reward", reward))
+    )
     return _sum({term: factor * weight for weight, term in terms}, factor * constant)
 
 
@@ -289,9 +297,7 @@ def maximum(*rewards: Reward | float) -> Reward:
     return _extremum("maximum", rewards)
 
 
-def _extremum(
-    kind: Literal["minimum", "maximum"], rewards: tuple[Reward | float, ...]
-) -> Reward:
+def _extremum(kind: Literal["minimum", "maximum"], rewards: tuple[Reward | float, ...]) -> Reward:
     parts: dict[Reward, None] = {}
     for reward in rewards:
         if not isinstance(reward, Reward):

@@ -243,7 +243,7 @@ def _accepted(function: Callable[..., Any], name: str) -> tuple[str, ...]:
     except (TypeError, ValueError):  # some functions written in C do not tell
         return _KEYWORDS
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        keywords = _KEYWORDS
+        keywords: tuple[str, ...] = _KEYWORDS
     else:
         by_name = {
             parameter.name
