@@ -23,7 +23,9 @@ def new_seed() -> int:
     return int.from_bytes(os.urandom(8), "little") >> 1
 
 
-def uniforms(purpose: bytes, count: int, seed: int, segment: int = 0, attempt: int = 0) -> list[float]:
+def uniforms(
+    purpose: bytes, count: int, seed: int, segment: int = 0, attempt: int = 0
+) -> list[float]:
     """Return the first `count` uniform numbers, in (0, 1], of a key.
 
     Args:

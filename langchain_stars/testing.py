@@ -117,7 +117,9 @@ class ScriptedLanguageModel(LanguageModel):
 
     def encode(self, chat: Chat, *, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Return the contents of the messages, a line each, as bytes."""
-        return list("\n".join(str(message.get("content") or "") for message in chat).encode()) or [10]
+        return list("\n".join(str(message.get("content") or "") for message in chat).encode()) or [
+            10
+        ]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -135,7 +137,9 @@ class ScriptedLanguageModel(LanguageModel):
 
     def drafting(self, requests: Sequence[Request]) -> Drafting:
         """Draw one token for every candidate at each step."""
-        drawn = [[_Draft(request, number) for number in range(request.count)] for request in requests]
+        drawn = [
+            [_Draft(request, number) for number in range(request.count)] for request in requests
+        ]
         for position in range(max(request.size for request in requests)):
             newest: list[int | None] = []
             for request, drafts in zip(requests, drawn, strict=True):
@@ -400,7 +404,10 @@ def check_reward(
             _require(all(map(math.isfinite, together)), "rewards are finite")
             alone = list(itertools.chain.from_iterable(values([c]) for c in completions))
             _require(
-                all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-4) for a, b in zip(together, alone, strict=True)),
+                all(
+                    math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-4)
+                    for a, b in zip(together, alone, strict=True)
+                ),
                 "a reward does not depend on who is judged with it",
             )
             low, high = reward.bounds({})
@@ -422,11 +429,15 @@ def replies(
     """
     script, takes_prompt = language_model._script, language_model._takes_prompt
 
-    def walk(keys: tuple[str | bytes, ...], chance: float) -> Iterator[tuple[tuple[str | bytes, ...], float]]:
+    def walk(
+        keys: tuple[str | bytes, ...], chance: float
+    ) -> Iterator[tuple[tuple[str | bytes, ...], float]]:
         if len(keys) == max_tokens or (keys and keys[-1] in ("", b"")):
             yield keys, chance
             return
-        text = b"".join(k if isinstance(k, bytes) else k.encode() for k in keys).decode(errors="replace")
+        text = b"".join(k if isinstance(k, bytes) else k.encode() for k in keys).decode(
+            errors="replace"
+        )
         tokens, weights = _checked(script(text, prompt) if takes_prompt else script(text))
         for token, weight in zip(tokens, weights, strict=True):
             if weight > 0:

@@ -93,9 +93,7 @@ class Text:
                 _window=self._read if token_ids else self._window,
                 _read=len(ids),
             )
-        return replace(
-            self, token_ids=ids, text=self._settled + complete, exact=False
-        )
+        return replace(self, token_ids=ids, text=self._settled + complete, exact=False)
 
     def showable(self, stop: Sequence[str] = ()) -> str:
         """Return what may be shown: all, but for a possible beginning of a stop string."""
