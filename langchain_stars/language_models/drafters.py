@@ -1,0 +1,1053 @@
+"""How candidates are drafted: on a ragged cache, on snapshots of a cache, or by recomputing.
+
+All three draw the same tokens from the same request; they differ in what they keep and compute.
+Knows networks, prefixes and rounds; nothing of text, of folders or of rewards.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+
+from langchain_stars.language_models.base import Candidate, Drafting, Prefix, Request
+from langchain_stars.language_models.ragged_cache import RaggedCache, TreeMask, causal_masks
+from langchain_stars.language_models.sampling import Sampler
+from langchain_stars.randomness import drafting_uniforms
+
+_BUCKET = 256
+_STEPS_BETWEEN_LOOKS = 8
+_TIMED_SLOTS = 64
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a language model has computed, in tokens unless said otherwise.
+
+    Attributes:
+        prompt: Tokens of prompts, forwarded.
+        accepted: Last tokens of accepted segments, forwarded for the logits that follow them.
+        drafted: Tokens of candidates, forwarded.
+        refed: Tokens forwarded once more, because their keys and values were gone.
+        idle: Places of a forward pass that nobody needed: ended candidates, rows that waited.
+        reused: Tokens of prompts that were found computed by another request.
+        forwards: Forward passes.
+        rounds: Rounds.
+        out_of_memory: Times that a round ran out of memory and was done in parts.
+    """
+
+    prompt: int = 0
+    accepted: int = 0
+    drafted: int = 0
+    refed: int = 0
+    idle: int = 0
+    reused: int = 0
+    forwards: int = 0
+    rounds: int = 0
+    out_of_memory: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Network:
+    """A loaded model and what drafting must know of it.
+
+    Attributes:
+        model: The model of transformers.
+        device: Where token ids go and logits come from.
+        dtype: Of attention masks.
+        num_layers: Layers with keys and values.
+        windows: Kinds of attention layers, and their sliding windows.
+        maskless: Whether one query without a mask sees all slots that it is given.
+        keeps: Whether the model can be told for which positions logits are wanted.
+        context_length: Most tokens of a sequence.
+        ends: Which token ids end a reply, [vocab].
+        hidden: Which token ids are never drafted, [vocab].
+        cache_name: What the model calls its own cache.
+        chunk: Most tokens of a prompt in one forward pass.
+    """
+
+    model: Any
+    device: torch.device
+    dtype: torch.dtype
+    num_layers: int
+    windows: dict[str, int | None]
+    maskless: bool
+    keeps: bool
+    context_length: int
+    ends: Tensor
+    hidden: Tensor
+    cache_name: str = "past_key_values"
+    chunk: int = 512
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | dict[str, Tensor] | None = None,
+        cache: Any = None,
+        keep: Tensor | int = 0,
+    ) -> Tensor:
+        """Return logits [rows, kept, vocab] of some token ids behind what `cache` holds.
+
+        Args:
+            ids: Token ids, [rows, queries].
+            positions: Their positions; None leaves them to the model.
+            mask: Additive, for each kind of layer if there are several; None leaves it to the model.
+            cache: Of transformers, or a ragged one; None computes without.
+            keep: Queries whose logits are wanted: an index vector, a number from the end, 0 for all.
+        """
+        arguments: dict[str, Any] = {"input_ids": ids, "use_cache": cache is not None}
+        if positions is not None:
+            arguments["position_ids"] = positions
+        if mask is not None:
+            arguments["attention_mask"] = mask
+        if cache is not None:
+            arguments["past_key_values"] = cache
+        if self.keeps and not (isinstance(keep, int) and keep == 0):
+            return self.model(**arguments, logits_to_keep=keep).logits.to(self.device)
+        logits = self.model(**arguments).logits.to(self.device)
+        if isinstance(keep, Tensor):
+            return logits[:, keep]
+        return logits[:, -keep:] if keep else logits
+
+    def advance(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Return the logits [rows, vocab] behind some token ids, and the model's own cache then.
+
+        Args:
+            ids: Token ids, [rows, queries].
+            cache: What the last call returned; None begins.
+        """
+        arguments: dict[str, Any] = {self.cache_name: cache} if cache is not None else {}
+        output = self.model(input_ids=ids, use_cache=True, **arguments)
+        return output.logits[:, -1].to(self.device), getattr(output, self.cache_name)
+
+
+class _Draws:
+    """The tokens of a round in the making: rows of `branches` candidates, drawn step by step."""
+
+    def __init__(self, network: Network, requests: Sequence[Request], rooms: Sequence[int]) -> None:
+        device = network.device
+        self._network = network
+        self.requests = requests
+        self.counts = [request.count for request in requests]
+        self.sizes = [
+            min(request.size, room) for request, room in zip(requests, rooms, strict=True)
+        ]
+        self.branches = max(self.counts)
+        self.steps = max(self.sizes)
+        self.step = 0
+        shape = (len(requests), self.branches, self.steps)
+        self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        self.ended = torch.zeros(shape[:2], dtype=torch.bool, device=device)
+        self._open = [[True] * count for count in self.counts]
+        self._numbers = torch.tensor(
+            [
+                [
+                    drafting_uniforms(
+                        self.steps,
+                        seed=request.seed,
+                        segment=request.segment,
+                        attempt=request.first_attempt + branch,
+                    )
+                    if branch < request.count
+                    else [1.0] * self.steps
+                    for branch in range(self.branches)
+                ]
+                for request in requests
+            ],
+            dtype=torch.float32 if device.type == "mps" else torch.float64,
+        ).to(device)
+        self._sampler = Sampler(
+            [request.sampling for request in requests], hidden=network.hidden, device=device
+        )
+        self._streamed = any(request.streamed for request in requests)
+        self._seen: Tensor | None = None
+        if self._sampler.remembers:
+            seen = torch.zeros((shape[0], len(network.hidden)), dtype=torch.bool, device=device)
+            for row, request in zip(seen, requests, strict=True):
+                held = request.prefix.prompt_ids + request.prefix.token_ids
+                row[torch.tensor(held, device=device)] = True
+            self._seen = seen[:, None]
+
+    @property
+    def active(self) -> list[int]:
+        """Rows that want another token."""
+        return [
+            row
+            for row, (size, candidates) in enumerate(zip(self.sizes, self._open, strict=True))
+            if self.step < size and any(candidates)
+        ]
+
+    def num_open(self, row: int) -> int:
+        """Number of a row's candidates that want another token."""
+        return sum(self._open[row])
+
+    def draw(self, logits: Tensor, first: int, last: int) -> Sequence[int | None]:
+        """Draw the next token of the rows `first` ... `last - 1`; return what is streamed of it.
+
+        Args:
+            logits: [rows, branches, vocab]; one branch where all of a row are still the same.
+        """
+        active = set(self.active)
+        rows = slice(first, last)
+        seen = self._seen
+        if seen is not None:
+            if seen.shape[1] < self.branches and logits.shape[1] == self.branches:
+                self._seen = seen = seen.repeat(1, self.branches, 1)
+            if self.step:
+                seen.scatter_(2, self.tokens[:, : seen.shape[1], self.step - 1, None], True)
+            seen = seen[rows]
+        scores = self._sampler.warp(logits, seen, rows)
+        picked = self._sampler.pick(scores, self._numbers[rows, :, self.step], rows)
+        self.tokens[rows, :, self.step] = picked
+        self.ended[rows] |= self._network.ends[picked]
+        self.step += 1
+        if (
+            self._streamed
+            or self._network.device.type == "cpu"
+            or self.step % _STEPS_BETWEEN_LOOKS == 0
+        ):
+            self._open = [
+                [not ended for ended in candidates[:count]]
+                for candidates, count in zip(self.ended.tolist(), self.counts, strict=True)
+            ]
+        if not self._streamed:
+            return ()
+        drawn = self.tokens[:, 0, self.step - 1].tolist()
+        return [
+            token if request.streamed and row in active and self._open[row][0] else None
+            for row, (request, token) in enumerate(zip(self.requests, drawn, strict=True))
+        ]
+
+    def results(self) -> tuple[list[list[Candidate]], list[list[list[int]]]]:
+        """Return the candidates of every row, and all token ids that were drawn."""
+        ids = self.tokens[:, :, : self.step].tolist()
+        ends = self._network.ends[self.tokens[:, :, : self.step]].tolist()
+        proposals = []
+        for request, size, of_row, ends_of_row in zip(
+            self.requests, self.sizes, ids, ends, strict=True
+        ):
+            candidates = []
+            for branch in range(request.count):
+                flags = ends_of_row[branch][:size]
+                finished = True in flags
+                length = flags.index(True) if finished else len(flags)
+                candidates.append(
+                    Candidate(
+                        attempt=request.first_attempt + branch,
+                        token_ids=tuple(of_row[branch][:length]),
+                        finished=finished,
+                    )
+                )
+            proposals.append(candidates)
+        return proposals, ids
+
+
+class Drafter(ABC):
+    """Drafts the candidates of a round, and keeps what it computed under each prefix."""
+
+    def __init__(self, network: Network, counts: Counts) -> None:
+        self.network = network
+        self.counts = counts
+
+    @abstractmethod
+    def round(self, requests: Sequence[Request]) -> Drafting:
+        """Draft for requests of one lane; may be closed between any two steps."""
+
+    @abstractmethod
+    def release(self, prefix: Prefix) -> None:
+        """Forget a prefix."""
+
+    @abstractmethod
+    def forget(self, lane: str) -> None:
+        """Forget everything computed for a lane, but none of its prefixes' ids."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held for keys and values, in bytes."""
+        return 0
+
+    @abstractmethod
+    def stepping(self, queries: int) -> Callable[[], Tensor]:
+        """Return a function that makes one forward pass of so many queries, to be timed."""
+
+
+def _rooms(network: Network, requests: Sequence[Request]) -> list[int]:
+    """Return how many tokens each reply has room for.
+
+    Raises:
+        ValueError: A prefix is empty, or leaves no room.
+    """
+    rooms = []
+    for request in requests:
+        length = len(request.prefix)
+        if not request.prefix.prompt_ids:
+            raise ValueError("`prompt_ids` must hold at least one token, got none")
+        if length >= network.context_length:
+            raise ValueError(
+                f"a prefix of {length} tokens leaves no room in a context of "
+                f"{network.context_length} tokens"
+            )
+        rooms.append(network.context_length - length)
+    return rooms
+
+
+def _num_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the length of the longest common prefix."""
+    shorter = min(len(one), len(other))
+    if one[:shorter] == other[:shorter]:
+        return shorter
+    return next(at for at in range(shorter) if one[at] != other[at])
+
+
+def _bucket(length: int) -> int:
+    """Return `length` rounded up to what buffers are sized by."""
+    step = _BUCKET if length <= 8 * _BUCKET else 4 * _BUCKET
+    return -(-length // step) * step
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """A row of a pool.
+
+    Attributes:
+        prefix: Whose it is.
+        index: Where it lies in the pool.
+        ids: Token ids whose keys and values stand in its first slots.
+        scored: Whether the pool holds the logits behind `ids`.
+        branches: Branches of the last round, behind `ids`; token t of branch i in slot
+            `len(ids) + t * branches + i`.
+        drafted: Token ids of each of its candidates that have keys and values.
+    """
+
+    prefix: "ReferenceType[Prefix]"
+    index: int
+    ids: list[int] = field(default_factory=list)
+    scored: bool = False
+    branches: int = 1
+    drafted: list[list[int]] = field(default_factory=list)
+
+    @property
+    def extent(self) -> int:
+        """Number of slots that hold something."""
+        return len(self.ids) + self.branches * max(map(len, self.drafted), default=0)
+
+
+class _Pool:
+    """The rows of one lane and their buffers. One round at a time."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self.busy = False
+        self.cache: RaggedCache | None = None
+        self.logits: Tensor | None = None
+        self._rows: list[_Row | None] = []
+        self._of: WeakKeyDictionary[Prefix, _Row] = WeakKeyDictionary()
+        self._released: list[Prefix] = []
+
+    def release(self, prefix: Prefix) -> None:
+        """Free a prefix's row, now or when the round has ended."""
+        if self.busy:
+            self._released.append(prefix)
+            return
+        row = self._of.pop(prefix, None)
+        if row is not None:
+            self._rows[row.index] = None
+
+    def settle(self) -> None:
+        """End a round."""
+        self.busy = False
+        while self._released:
+            self.release(self._released.pop())
+
+    def drop(self) -> None:
+        """Free the buffers; every row is computed anew when it is next drawn."""
+        self.cache = self.logits = None
+        self._rows.clear()
+        self._of.clear()
+
+    @torch.inference_mode()
+    def place(self, prefixes: Sequence[Prefix], slots: int, tail: int) -> list[_Row]:
+        """Return the rows of some prefixes, made the first ones of the pool.
+
+        Args:
+            prefixes: Whose rows are wanted.
+            slots: Slots that the longest prefix takes.
+            tail: Slots that the round's candidates take behind it.
+        """
+        rows = self._rows
+        for index, row in enumerate(rows):
+            if row is not None and row.prefix() is None:
+                rows[index] = None
+        num_live = sum(row is not None for row in rows)
+        num_new = sum(prefix not in self._of for prefix in prefixes)
+        self._fit(num_live + num_new, slots, tail, empty=num_live == 0)
+        assert self.cache is not None
+        wanted = [self._of.get(prefix) for prefix in prefixes]
+        count = len(prefixes)
+        rows.extend([None] * (self.cache.num_rows - len(rows)))
+        asked = set(map(id, filter(None, wanted)))
+        free = [
+            index for index in range(count) if rows[index] is None or id(rows[index]) not in asked
+        ]
+        for row in wanted:
+            if row is not None and row.index >= count:
+                self._exchange(row.index, free.pop(0))
+        for prefix, row in zip(prefixes, wanted, strict=True):
+            if row is None:
+                index = free.pop(0)
+                if rows[index] is not None:
+                    self._exchange(index, rows.index(None, count))
+                rows[index] = self._of[prefix] = _Row(prefix=ref(prefix), index=index)
+        return [self._of[prefix] for prefix in prefixes]
+
+    def _fit(self, num_rows: int, slots: int, tail: int, *, empty: bool) -> None:
+        """Make room; an empty pool that is far too large is made anew."""
+        num_rows = 1 << (num_rows - 1).bit_length() if num_rows <= 8 else -(-num_rows // 8) * 8
+        fitting = num_rows * (_bucket(slots) + tail)
+        cache = self.cache
+        if cache is not None and empty and cache.num_rows * cache.num_slots > 4 * fitting:
+            self.drop()
+            cache = None
+        if cache is None:
+            self.cache = RaggedCache(self._network.num_layers, num_rows, _bucket(slots) + tail)
+        elif num_rows > cache.num_rows or slots + tail > cache.num_slots:
+            wider = cache.num_slots
+            if slots + tail > wider:
+                wider = max(wider, _bucket(slots) + tail)
+            try:
+                cache.resize(max(num_rows, cache.num_rows), wider)
+            except Exception:
+                self.drop()  # half grown, it is of no use; the rows are computed anew
+                raise
+        assert self.cache is not None
+        if self.logits is None or self.logits.shape[0] < self.cache.num_rows:
+            old = self.logits
+            vocab = len(self._network.hidden)
+            self.logits = torch.zeros((self.cache.num_rows, vocab), device=self._network.device)
+            if old is not None:
+                self.logits[: old.shape[0]] = old
+
+    def _exchange(self, one: int, other: int) -> None:
+        """Exchange two rows, of which one may be empty."""
+        assert self.cache is not None
+        assert self.logits is not None
+        rows = self._rows
+        first, second = rows[one], rows[other]
+        if first is not None and second is not None:
+            self.cache.swap_rows(one, other, max(first.extent, second.extent))
+        elif first is not None:
+            self.cache.copy_row(one, other, first.extent)
+        elif second is not None:
+            self.cache.copy_row(other, one, second.extent)
+        self.logits[[one, other]] = self.logits[[other, one]]
+        rows[one], rows[other] = second, first
+        if first is not None:
+            first.index = other
+        if second is not None:
+            second.index = one
+
+
+class RaggedDrafter(Drafter):
+    """Drafts all branches of all rows at once, on a cache whose rows have lengths of their own."""
+
+    def __init__(self, network: Network, counts: Counts) -> None:
+        super().__init__(network, counts)
+        self._pools: dict[str, _Pool] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(pool.cache.num_bytes for pool in self._pools.values() if pool.cache is not None)
+
+    def release(self, prefix: Prefix) -> None:
+        pool = self._pools.get(prefix.lane)
+        if pool is not None:
+            pool.release(prefix)
+
+    def forget(self, lane: str) -> None:
+        pool = self._pools.get(lane)
+        if pool is not None:
+            pool.drop()
+
+    def stepping(self, queries: int) -> Callable[[], Tensor]:
+        network, device = self.network, self.network.device
+        cache = RaggedCache(network.num_layers, 1, _TIMED_SLOTS + queries)
+        ids = torch.ones((1, queries), dtype=torch.long, device=device)
+        positions = torch.full((1, queries), min(_TIMED_SLOTS, network.context_length - 1))
+        tree = TreeMask(
+            network.windows, [_TIMED_SLOTS], queries, 1, dtype=network.dtype, device=device
+        )
+        tree.advance(0)
+        limit = _TIMED_SLOTS + queries
+
+        @torch.inference_mode()
+        def step() -> Tensor:
+            cache.aim(0, 1, limit, slot=_TIMED_SLOTS)
+            return network.forward(
+                ids,
+                positions=positions.to(device),
+                mask=None if self._uniform([0], limit) and queries == 1 else tree.read(0, 1, limit),
+                cache=cache,
+            ).argmax(-1)
+
+        return step
+
+    def round(self, requests: Sequence[Request]) -> Drafting:
+        rooms = _rooms(self.network, requests)
+        pool = self._pools.setdefault(requests[0].prefix.lane, _Pool(self.network))
+        if pool.busy:
+            raise RuntimeError("a round of this lane is under way; a lane has one at a time")
+        pool.busy = True
+        try:
+            return (yield from self._round(pool, requests, rooms))
+        finally:
+            pool.settle()
+
+    def _round(self, pool: _Pool, requests: Sequence[Request], rooms: Sequence[int]) -> Drafting:
+        self.counts.rounds += 1
+        steps = max(min(r.size, room) for r, room in zip(requests, rooms, strict=True))
+        longest = max(len(request.prefix) for request in requests)
+        tail = steps * max(request.count for request in requests)
+        placed = pool.place([request.prefix for request in requests], longest, tail)
+        order = sorted(range(len(requests)), key=lambda at: placed[at].index)
+        rows = [placed[at] for at in order]
+        draws = _Draws(self.network, [requests[at] for at in order], [rooms[at] for at in order])
+
+        missing = self._keep(pool, rows, draws.requests)
+        for _ in self._feed(pool, rows, missing):
+            yield ()
+
+        assert pool.logits is not None
+        streamed = self._draw(draws, pool.logits[: len(rows), None], 0, len(rows))
+        fed = [0] * len(rows)
+        tree = self._tree(draws, rows)
+        while active := draws.active:
+            yield self._in_order(streamed, order)
+            first, last = active[0], active[-1] + 1
+            logits = self._step(pool, draws, rows, tree, first, last)
+            for row in active:
+                fed[row] += 1
+                self.counts.drafted += draws.num_open(row)
+            self.counts.idle += (last - first) * draws.branches - sum(map(draws.num_open, active))
+            streamed = self._draw(draws, logits, first, last)
+        if streamed:
+            yield self._in_order(streamed, order)
+
+        proposals, ids = draws.results()
+        for row, count, length, of_row in zip(rows, draws.counts, fed, ids, strict=True):
+            row.branches = draws.branches
+            row.drafted = [token_ids[:length] for token_ids in of_row[:count]]
+        returned: list[list[Candidate]] = [[] for _ in requests]
+        for at, candidates in zip(order, proposals, strict=True):
+            returned[at] = candidates
+        return returned
+
+    @staticmethod
+    def _in_order(streamed: Sequence[int | None], order: Sequence[int]) -> Sequence[int | None]:
+        if not streamed:
+            return ()
+        returned: list[int | None] = [None] * len(order)
+        for at, token in zip(order, streamed, strict=True):
+            returned[at] = token
+        return returned
+
+    @torch.inference_mode()
+    def _keep(
+        self, pool: _Pool, rows: Sequence[_Row], requests: Sequence[Request]
+    ) -> list[list[int]]:
+        """Make the cache agree with the prefixes; return the ids of each that must still be fed."""
+        assert pool.cache is not None
+        kept: list[int] = []
+        source: list[int] = []
+        target: list[int] = []
+        wanted = [[*r.prefix.prompt_ids, *r.prefix.token_ids] for r in requests]
+        for row, ids in zip(rows, wanted, strict=True):
+            length = _num_common(row.ids, ids)
+            if length == len(row.ids) and row.drafted:
+                added = ids[length:]
+                branch = max(
+                    range(len(row.drafted)), key=lambda at: _num_common(row.drafted[at], added)
+                )
+                matching = _num_common(row.drafted[branch], added)
+                if row.branches > 1:
+                    start = row.index * pool.cache.num_slots + length
+                    source += range(
+                        start + branch, start + branch + matching * row.branches, row.branches
+                    )
+                    target += range(start, start + matching)
+                length += matching
+            kept.append(length)
+        if source != target:
+            device = self.network.device
+            pool.cache.move(
+                torch.tensor(source, device=device), torch.tensor(target, device=device)
+            )
+        missing = []
+        for row, request, ids, length in zip(rows, requests, wanted, kept, strict=True):
+            row.scored = row.scored and length == len(row.ids)
+            row.drafted = []
+            if length < len(ids):
+                prompt = max(0, len(request.prefix.prompt_ids) - length)
+                accepted = int(length + prompt < len(ids))
+                self.counts.prompt += prompt
+                self.counts.accepted += accepted
+                self.counts.refed += len(ids) - length - prompt - accepted
+            elif not row.scored:
+                length -= 1
+                self.counts.refed += 1
+            row.ids = ids[:length]
+            missing.append(ids[length:])
+        return missing
+
+    def _feed(
+        self,
+        pool: _Pool,
+        rows: Sequence[_Row],
+        missing: Sequence[list[int]],
+    ) -> Iterator[None]:
+        """Feed what rows miss, so that the logits behind every prefix are known."""
+        single = [at for at, ids in enumerate(missing) if len(ids) == 1]
+        if single:
+            self._feed_one(pool, rows, missing, single[0], single[-1] + 1)
+            yield
+        many = [at for at, ids in enumerate(missing) if len(ids) > 1]
+        while many:
+            group = self._group(rows, missing, many)
+            del many[: len(group)]
+            longest = max(len(missing[at]) for at in group)
+            for start in range(0, longest, self.network.chunk):
+                self._feed_chunk(pool, rows, missing, group, start)
+                yield
+
+    def _group(
+        self, rows: Sequence[_Row], missing: Sequence[list[int]], many: Sequence[int]
+    ) -> list[int]:
+        """Return the first of the rows to feed that are worth one forward pass together."""
+        group = [many[0]]
+        total = longest = len(missing[many[0]])
+        for at in many[1:]:
+            length = len(missing[at])
+            total, longest = total + length, max(longest, length)
+            padded = longest * (len(group) + 1)
+            if at != group[-1] + 1 or padded > 1.2 * total or padded > 4 * self.network.chunk:
+                break
+            group.append(at)
+        return group
+
+    @torch.inference_mode()
+    def _feed_one(
+        self,
+        pool: _Pool,
+        rows: Sequence[_Row],
+        missing: Sequence[list[int]],
+        first: int,
+        last: int,
+    ) -> None:
+        """Feed one token to those of some rows that miss just one; the others wait."""
+        assert pool.cache is not None
+        assert pool.logits is not None
+        network, device = self.network, self.network.device
+        fed = [at for at in range(first, last) if len(missing[at]) == 1]
+        lengths = [len(row.ids) for row in rows[first:last]]
+        ids = [missing[at][0] if len(missing[at]) == 1 else 0 for at in range(first, last)]
+        limit = max(lengths) + 1
+        mask = None
+        if self._uniform(lengths, limit):
+            pool.cache.aim(first, last, limit, slot=lengths[0])
+        else:
+            index = [at * pool.cache.num_slots + n for at, n in enumerate(lengths, first)]
+            pool.cache.aim(first, last, limit, index=torch.tensor(index, device=device))
+            mask = causal_masks(
+                network.windows, lengths, 1, limit, dtype=network.dtype, device=device
+            )
+        logits = network.forward(
+            torch.tensor(ids, device=device)[:, None],
+            positions=torch.tensor(lengths, device=device)[:, None],
+            mask=mask,
+            cache=pool.cache,
+        )
+        self.counts.forwards += 1
+        self.counts.idle += last - first - len(fed)
+        for at in fed:
+            pool.logits[at] = logits[at - first, 0]
+            rows[at].ids.append(missing[at][0])
+            rows[at].scored = True
+
+    @torch.inference_mode()
+    def _feed_chunk(
+        self,
+        pool: _Pool,
+        rows: Sequence[_Row],
+        missing: Sequence[list[int]],
+        group: Sequence[int],
+        start: int,
+    ) -> None:
+        """Feed one chunk of what a group of rows misses, from its token `start`."""
+        assert pool.cache is not None
+        assert pool.logits is not None
+        network, device = self.network, self.network.device
+        chunks = [missing[at][start : start + network.chunk] for at in group]
+        queries = max(map(len, chunks))
+        first, last = group[0], group[-1] + 1
+        # A row that ended in an earlier chunk waits where its tokens would go on.
+        starts = [len(rows[at].ids) for at in group]
+        places = torch.tensor(starts, device=device)[:, None] + torch.arange(queries, device=device)
+        limit = max(starts) + queries
+        mask = None
+        if max(starts) == 0 and self._uniform(starts, limit):
+            pool.cache.aim(first, last, limit, slot=0)
+        else:
+            rows_at = torch.arange(first, last, device=device)[:, None]
+            clamped = places.clamp(max=pool.cache.num_slots - 1)
+            pool.cache.aim(
+                first, last, limit, index=(rows_at * pool.cache.num_slots + clamped).flatten()
+            )
+            mask = causal_masks(
+                network.windows, starts, queries, limit, dtype=network.dtype, device=device
+            )
+        ids = torch.zeros((len(group), queries), dtype=torch.long)
+        for row, chunk in zip(ids, chunks, strict=True):
+            row[: len(chunk)] = torch.tensor(chunk, dtype=torch.long)
+        ends = sorted({len(c) - 1 for at, c in zip(group, chunks, strict=True) if c})
+        logits = network.forward(
+            ids.to(device),
+            positions=places.clamp(max=network.context_length - 1),
+            mask=mask,
+            cache=pool.cache,
+            keep=torch.tensor(ends, device=device),
+        )
+        self.counts.forwards += 1
+        self.counts.idle += len(group) * queries - sum(map(len, chunks))
+        for at, of_row, chunk in zip(group, logits, chunks, strict=True):
+            rows[at].ids.extend(chunk)
+            if chunk and start + len(chunk) == len(missing[at]):
+                pool.logits[at] = of_row[ends.index(len(chunk) - 1)]
+                rows[at].scored = True
+
+    def _uniform(self, lengths: Sequence[int], limit: int) -> bool:
+        """Whether rows end at the same slot and see all before it, so that no mask is needed."""
+        return (
+            self.network.maskless
+            and min(lengths) == max(lengths)
+            and all(window is None or limit < window for window in self.network.windows.values())
+        )
+
+    @torch.inference_mode()
+    def _draw(self, draws: _Draws, logits: Tensor, first: int, last: int) -> Sequence[int | None]:
+        return draws.draw(logits, first, last)
+
+    @torch.inference_mode()
+    def _tree(self, draws: _Draws, rows: Sequence[_Row]) -> TreeMask | None:
+        """Return the masks of the round, None where it needs none."""
+        lengths = [len(row.ids) for row in rows]
+        if draws.branches == 1 and self._uniform(lengths, lengths[0] + draws.steps):
+            return None
+        return TreeMask(
+            self.network.windows,
+            lengths,
+            draws.branches,
+            draws.steps,
+            dtype=self.network.dtype,
+            device=self.network.device,
+        )
+
+    @torch.inference_mode()
+    def _step(
+        self,
+        pool: _Pool,
+        draws: _Draws,
+        rows: Sequence[_Row],
+        tree: TreeMask | None,
+        first: int,
+        last: int,
+    ) -> Tensor:
+        """Feed the last token of every branch of some rows; return logits [rows, branches, vocab]."""
+        assert pool.cache is not None
+        network, cache, branches = self.network, pool.cache, draws.branches
+        step = draws.step - 1
+        lengths = [len(row.ids) for row in rows[first:last]]
+        limit = max(lengths) + (step + 1) * branches
+        mask = None
+        if tree is not None:
+            tree.advance(step)
+            mask = tree.read(first, last, limit)
+        if min(lengths) == max(lengths):
+            cache.aim(first, last, limit, slot=lengths[0] + step * branches)
+        else:
+            index = [
+                row * cache.num_slots + length + step * branches + branch
+                for row, length in enumerate(lengths, first)
+                for branch in range(branches)
+            ]
+            cache.aim(first, last, limit, index=torch.tensor(index, device=network.device))
+        places = [[min(n + step, network.context_length - 1)] * branches for n in lengths]
+        self.counts.forwards += 1
+        return network.forward(
+            draws.tokens[first:last, :, step],
+            positions=torch.tensor(places, device=network.device),
+            mask=mask,
+            cache=cache,
+        )
+
+
+class _OneByOne(Drafter):
+    """Drafts for one row after the other, its branches as rows of a batch."""
+
+    def round(self, requests: Sequence[Request]) -> Drafting:
+        rooms = _rooms(self.network, requests)
+        self.counts.rounds += 1
+        returned: list[list[Candidate]] = []
+        for at, (request, room) in enumerate(zip(requests, rooms, strict=True)):
+            draws = _Draws(self.network, [request], [room])
+            for streamed in self._one(request.prefix, draws):
+                tokens: list[int | None] = [None] * len(requests)
+                if streamed:
+                    tokens[at] = streamed[0]
+                yield tokens if streamed else ()
+            returned += draws.results()[0]
+        return returned
+
+    def stepping(self, queries: int) -> Callable[[], Tensor]:
+        ids = torch.ones((queries, 2), dtype=torch.long, device=self.network.device)
+
+        @torch.inference_mode()
+        def step() -> Tensor:
+            return self.network.forward(ids, keep=1).argmax(-1)
+
+        return step
+
+    @abstractmethod
+    def _one(self, prefix: Prefix, draws: _Draws) -> Iterator[Sequence[int | None]]:
+        """Draw all tokens of a row's candidates."""
+
+    def _count(self, draws: _Draws, tokens_each: int = 1) -> None:
+        self.counts.forwards += 1
+        self.counts.drafted += draws.num_open(0) * tokens_each
+        self.counts.idle += (draws.branches - draws.num_open(0)) * tokens_each
+
+
+@dataclass(slots=True, eq=False)
+class _Snapshot:
+    """What is kept of a prefix.
+
+    Attributes:
+        ids: Token ids that `cache` holds.
+        cache: As transformers made it, one row.
+        logits: Behind `ids`, [vocab].
+        branches: Cache behind the candidates of the last round, one row each.
+        drafted: Token ids that `branches` holds behind `ids`.
+    """
+
+    ids: list[int]
+    cache: Any
+    logits: Tensor
+    branches: Any = None
+    drafted: list[list[int]] = field(default_factory=list)
+
+
+class SnapshotDrafter(_OneByOne):
+    """Drafts on copies of a prefix's cache: for models whose state cannot be taken back.
+
+    The cache of the prefix itself is left as it is; candidates advance a copy with one row for
+    each, and the kept one's row becomes the prefix's cache.
+    """
+
+    def __init__(self, network: Network, counts: Counts) -> None:
+        super().__init__(network, counts)
+        self._snapshots: dict[str, WeakKeyDictionary[Prefix, _Snapshot]] = {}
+
+    def release(self, prefix: Prefix) -> None:
+        self._snapshots.get(prefix.lane, WeakKeyDictionary()).pop(prefix, None)
+
+    def forget(self, lane: str) -> None:
+        self._snapshots.pop(lane, None)
+
+    def _one(self, prefix: Prefix, draws: _Draws) -> Iterator[Sequence[int | None]]:
+        snapshot = yield from self._advance(prefix)
+        snapshot.branches, snapshot.drafted = None, []
+        streamed = self._draw(draws, snapshot.logits[None, None])
+        branches = None
+        fed = 0
+        while draws.active:
+            yield streamed
+            if branches is None:
+                branches = self._copies(snapshot.cache, draws.branches)
+            logits, branches = self._forward(draws.tokens[0, :, draws.step - 1, None], branches)
+            self._count(draws)
+            fed += 1
+            streamed = self._draw(draws, logits[None])
+        if streamed:
+            yield streamed
+        snapshot.branches = branches
+        snapshot.drafted = [ids[:fed] for ids in draws.results()[1][0][: draws.counts[0]]]
+
+    def _advance(self, prefix: Prefix) -> Generator[Sequence[int | None], None, _Snapshot]:
+        """Bring what is kept of a prefix to its end."""
+        kept = self._snapshots.setdefault(prefix.lane, WeakKeyDictionary())
+        ids = [*prefix.prompt_ids, *prefix.token_ids]
+        snapshot = kept.pop(prefix, None)
+        if snapshot is not None and ids[: len(snapshot.ids)] != snapshot.ids:
+            snapshot = None
+        if snapshot is None:
+            prompt_ids = list(prefix.prompt_ids)
+            logits, cache = self._forward(torch.tensor([prompt_ids]), None)
+            self.counts.forwards += 1
+            self.counts.prompt += len(prompt_ids)
+            snapshot = _Snapshot(ids=prompt_ids, cache=cache, logits=logits[0])
+            yield ()
+        added = ids[len(snapshot.ids) :]
+        self.counts.accepted += bool(added)
+        for branch, drafted in enumerate(snapshot.drafted):
+            if drafted and added[: len(drafted)] == drafted and len(added) > len(drafted):
+                snapshot.cache = self._row(snapshot.branches, branch)
+                snapshot.branches = None
+                added = added[len(drafted) :]
+                break
+        self.counts.refed += max(0, len(added) - 1)
+        # One at a time: recurrent layers continue exactly only so.
+        for token_id in added:
+            logits, snapshot.cache = self._forward(torch.tensor([[token_id]]), snapshot.cache)
+            self.counts.forwards += 1
+            snapshot.logits = logits[0]
+            yield ()
+        snapshot.ids = ids
+        kept[prefix] = snapshot
+        return snapshot
+
+    @torch.inference_mode()
+    def _forward(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        return self.network.advance(ids.to(self.network.device), cache)
+
+    @torch.inference_mode()
+    def _copies(self, cache: Any, count: int) -> Any:
+        copies = copy.deepcopy(cache)
+        if count > 1:
+            copies.reorder_cache(torch.zeros(count, dtype=torch.long, device=self.network.device))
+        return copies
+
+    @torch.inference_mode()
+    def _row(self, cache: Any, row: int) -> Any:
+        cache.reorder_cache(torch.tensor([row], device=self.network.device))
+        return cache
+
+    @torch.inference_mode()
+    def _draw(self, draws: _Draws, logits: Tensor) -> Sequence[int | None]:
+        return draws.draw(logits, 0, 1)
+
+
+class RecomputeDrafter(_OneByOne):
+    """Drafts without a cache: right for every model, and slow."""
+
+    def release(self, prefix: Prefix) -> None:
+        """Do nothing; nothing is kept."""
+
+    def forget(self, lane: str) -> None:
+        """Do nothing; nothing is kept."""
+
+    def _one(self, prefix: Prefix, draws: _Draws) -> Iterator[Sequence[int | None]]:
+        ids = torch.tensor([prefix.prompt_ids + prefix.token_ids], device=self.network.device)
+        streamed = self._next(draws, ids)
+        self.counts.forwards += 1
+        self.counts.prompt += len(prefix.prompt_ids)
+        self.counts.refed += len(prefix.token_ids)
+        while draws.active:
+            yield streamed
+            drawn = draws.tokens[0, :, : draws.step]
+            whole = torch.cat([ids.expand(draws.branches, -1), drawn], dim=1)
+            self._count(draws, whole.shape[1])
+            streamed = self._next(draws, whole)
+        if streamed:
+            yield streamed
+
+    @torch.inference_mode()
+    def _next(self, draws: _Draws, ids: Tensor) -> Sequence[int | None]:
+        return draws.draw(self.network.forward(ids, keep=1).transpose(0, 1), 0, 1)
+
+
+def _probe(network: Network) -> tuple[list[list[int]], Tensor]:
+    """Return two short prompts and, for each, two branches of two tokens, [2, 2, 2]."""
+    ordinary = torch.nonzero(~(network.hidden | network.ends)).flatten().tolist()
+    ids = [ordinary[(7 * at * at + 3 * at) % len(ordinary)] for at in range(19)]
+    return [ids[:7], ids[7:11]], torch.tensor(ids[11:]).view(2, 2, 2).to(network.device)
+
+
+def _deviation(network: Network, logits: Sequence[tuple[list[int], Tensor]]) -> float:
+    """Return the largest difference from plain recomputation, in units of the logits' range."""
+    worst = 0.0
+    for ids, got in logits:
+        whole = torch.tensor([ids], device=network.device)
+        wanted = network.model(input_ids=whole).logits[0, -1].to(network.device).float()
+        scale = (wanted.max() - wanted.min()).clamp(min=1e-6)
+        worst = max(worst, float((got.float() - wanted).abs().max() / scale))
+    return worst if worst == worst else float("inf")
+
+
+@torch.inference_mode()
+def ragged_error(network: Network) -> float:
+    """Return how far a ragged cache is from plain recomputation on a few tokens.
+
+    Two rows of different length hold two branches each. A model that does not do what position
+    ids and masks say, as with ALiBi, sees its tokens at the wrong distance and differs.
+    """
+    prompts, branches = _probe(network)
+    lengths = [len(prompt) for prompt in prompts]
+    device, longest = network.device, max(map(len, prompts))
+    cache = RaggedCache(network.num_layers, 2, longest + 4)
+    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+    settings = {"dtype": network.dtype, "device": device}
+    cache.aim(0, 2, longest, slot=0)
+    network.forward(
+        ids.to(device),
+        positions=torch.arange(longest, device=device).expand(2, -1),
+        mask=causal_masks(network.windows, [0, 0], longest, longest, **settings),
+        cache=cache,
+    )
+    tree = TreeMask(network.windows, lengths, 2, 2, **settings)
+    logits = []
+    for step in range(2):
+        tree.advance(step)
+        index = [
+            row * cache.num_slots + length + 2 * step + branch
+            for row, length in enumerate(lengths)
+            for branch in range(2)
+        ]
+        cache.aim(0, 2, longest + 4, index=torch.tensor(index, device=device))
+        got = network.forward(
+            branches[:, :, step],
+            positions=torch.tensor([[length + step] * 2 for length in lengths], device=device),
+            mask=tree.read(0, 2, longest + 4),
+            cache=cache,
+        )
+        logits += [
+            (prompts[row] + branches[row, branch, : step + 1].tolist(), got[row, branch])
+            for row in range(2)
+            for branch in range(2)
+        ]
+    return _deviation(network, logits)
+
+
+@torch.inference_mode()
+def snapshot_error(network: Network) -> float:
+    """Return how far copies of the model's own cache are from plain recomputation."""
+    prompts, branches = _probe(network)
+    device = network.device
+    prompt, drafted = prompts[0], branches[0]
+    _, cache = network.advance(torch.tensor([prompt], device=device), None)
+    copies = copy.deepcopy(cache)
+    copies.reorder_cache(torch.zeros(2, dtype=torch.long, device=device))
+    logits = []
+    for step in range(2):
+        got, copies = network.advance(drafted[:, step, None], copies)
+        logits += [(prompt + drafted[at, : step + 1].tolist(), got[at]) for at in range(2)]
+    copies.reorder_cache(torch.tensor([1], device=device))
+    last = branches[1, 0, :1]
+    got, _ = network.advance(last[None], copies)
+    logits.append((prompt + drafted[1].tolist() + last.tolist(), got[0]))
+    got, _ = network.advance(last[None], cache)
+    logits.append((prompt + last.tolist(), got[0]))
+    return _deviation(network, logits)

@@ -1,0 +1,813 @@
+"""The language model that runs on this machine, through transformers.
+
+Knows folders, devices, tokenizers and chat templates, and which way of drafting a model takes;
+nothing of rewards, thresholds or LangChain.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+from weakref import WeakSet
+
+import torch
+
+from langchain_stars.language_models.base import (
+    Candidate,
+    Chat,
+    Drafting,
+    LanguageModel,
+    Prefix,
+    Request,
+)
+from langchain_stars.language_models.drafters import (
+    Counts,
+    Drafter,
+    Network,
+    RaggedDrafter,
+    RecomputeDrafter,
+    SnapshotDrafter,
+    ragged_error,
+    snapshot_error,
+)
+from langchain_stars.language_models.ragged_cache import PACKED_SDPA, register_attention
+from langchain_stars.templates import encode_chat, vocabulary_of
+
+_log = logging.getLogger(__name__)
+
+Drafts: TypeAlias = Literal["ragged", "snapshot", "recompute"]
+"""How candidates are drafted, from the fastest to the one that every model allows."""
+
+RAGGED_FAMILIES = frozenset(
+    ["apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neo", "gpt_neox", "gptj", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "llama", "ministral", "mistral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"]
+)
+"""Families of transformers (`model_type`) whose layers see what position ids and masks say."""
+
+FALLBACK_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+"""Template of a tokenizer that has none: a line `Role: content` for each message, then `Assistant:`."""
+
+_MOST_ROWS = 64
+_MOST_CANDIDATES = 8
+_ROW_TOKENS = 2048
+_UNLIMITED_CONTEXT = 1 << 20
+_TIMED_QUERIES = (1, 2, 4, 8, 16, 32)
+_TIMING_SECONDS = 0.4
+_WHOLE_FILE_BYTES = 1 << 24
+_SAMPLE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """What names loaded weights: two language models that agree in it share them."""
+
+    model: str
+    revision: str | None
+    dtype: str
+    device: str
+    device_map: str | None
+    trust_remote_code: bool
+    attention: str
+    identity: int = 0
+
+
+class _Weights:
+    """A model, loaded once when it is first used."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.model: Any = None
+        self.users: WeakSet[LocalLanguageModel] = WeakSet()
+        self.drafts: dict[str, bool] = {}
+        self.seconds: dict[str, dict[int, float]] = {}
+
+
+_REGISTRY: dict[_Source, _Weights] = {}
+_LOADED: dict[tuple[Any, ...], "LocalLanguageModel"] = {}
+_REGISTRY_LOCK = threading.RLock()
+
+
+def _renew_locks() -> None:
+    """Replace locks that another thread may have held when this process was forked."""
+    global _REGISTRY_LOCK
+    _REGISTRY_LOCK = threading.RLock()
+    for weights in _REGISTRY.values():
+        weights.lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
+
+
+def load_language_model(
+    model: "str | os.PathLike[str] | LanguageModel | Any", **settings: Any
+) -> LanguageModel:
+    """Return the language model of that name; the same object for the same name and settings.
+
+    Sharing the object, callers share weights, prompts' caches and rounds. Nothing is loaded yet.
+
+    Args:
+        model: Hub id or folder; a language model is returned as it is.
+        settings: As of `LocalLanguageModel`.
+    """
+    if isinstance(model, LanguageModel):
+        return model
+    if not isinstance(model, str | os.PathLike):
+        return LocalLanguageModel(model, **settings)
+    key = (os.fspath(model), *sorted((name, repr(value)) for name, value in settings.items()))
+    with _REGISTRY_LOCK:
+        if key not in _LOADED:
+            _LOADED[key] = LocalLanguageModel(model, **settings)
+        return _LOADED[key]
+
+
+class LocalLanguageModel(LanguageModel):
+    """A decoder-only model of transformers, from the hub or a folder, on this machine.
+
+    Construction is cheap: the tokenizer is read when text is first encoded, the weights when
+    tokens are first drawn. Weights are shared by all that name the same model, revision, type and
+    device, in this process.
+
+    A tokenizer without a chat template gets a plain one, `Role: content` line by line.
+
+    Args:
+        model: Hub id or folder; or a loaded model of transformers, with `tokenizer`. Adapters of
+            PEFT and quantised checkpoints load as they do in transformers. A loaded model's
+            attention is set to `attention`.
+        tokenizer: Of a loaded model; else the checkpoint's own is read.
+        revision: Branch, tag or commit on the hub.
+        dtype: `"auto"`, `"bfloat16"`, ... or a torch type. `"auto"` is the checkpoint's, and on a
+            CPU float32: most CPUs are slower in shorter types, and sums in those depend on how
+            many rows are computed together.
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`; None takes the best there is.
+        device_map: As in transformers, to spread a large model; then `device` is left to it.
+        trust_remote_code: Whether code of the checkpoint may run.
+        attention: Attention implementation; `"packed_sdpa"` reads keys and values once for all
+            query heads that share them. Models whose attention scores are capped run `"eager"`.
+        drafts: How candidates are drafted; None takes the fastest way that a check at load finds
+            right: `"ragged"` keeps keys and values once a reply, `"snapshot"` copies the model's
+            own cache (for recurrent models), `"recompute"` keeps nothing.
+        chat_template: Used instead of the tokenizer's.
+        context_length: Most tokens of prompt and reply; None takes the model's own limit.
+        drafted_control_tokens: Control tokens that may be drafted all the same, such as one that
+            begins a tool call.
+        settings: More arguments of `from_pretrained`, such as `quantization_config`.
+
+    Raises:
+        ValueError: `model` names no folder, or a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        model: "str | os.PathLike[str] | Any",
+        *,
+        tokenizer: Any = None,
+        revision: str | None = None,
+        dtype: "str | torch.dtype" = "auto",
+        device: "str | torch.device | None" = None,
+        device_map: Any = None,
+        trust_remote_code: bool = False,
+        attention: str = PACKED_SDPA,
+        drafts: Drafts | None = None,
+        chat_template: str | None = None,
+        context_length: int | None = None,
+        drafted_control_tokens: Sequence[str] = (),
+        **settings: Any,
+    ) -> None:
+        if drafts not in (None, "ragged", "snapshot", "recompute"):
+            raise ValueError(f"`drafts` must be ragged, snapshot, recompute or None, got {drafts}")
+        if context_length is not None and context_length < 2:
+            raise ValueError(f"`context_length` must be at least 2, got {context_length}")
+        name = os.fspath(model) if isinstance(model, str | os.PathLike) else ""
+        self._given = None if name else model
+        if self._given is not None and tokenizer is None:
+            raise ValueError("`tokenizer` must be given with a loaded model, got None")
+        if name:
+            _check_name(name)
+            name = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+        else:
+            name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+            device = device or str(next(model.parameters()).device)
+        self._name = name
+        self._device = str(device) if device is not None else _best_device()
+        self._settings = settings
+        self._device_map = device_map
+        if isinstance(dtype, torch.dtype):
+            dtype = str(dtype).removeprefix("torch.")
+        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"`dtype` must be auto or name a type of torch, got {dtype}")
+        self._source = _Source(
+            model=name + (repr(sorted(settings.items(), key=str)) if settings else ""),
+            revision=revision,
+            dtype=dtype,
+            device=self._device,
+            device_map=None if device_map is None else repr(device_map),
+            trust_remote_code=trust_remote_code,
+            attention=attention,
+            identity=0 if self._given is None else id(model),
+        )
+        self._drafts = drafts
+        self._chat_template = chat_template
+        self._given_context_length = context_length
+        self._drafted_control_tokens = frozenset(drafted_control_tokens)
+        self._given_tokenizer = tokenizer
+        self._tokenizer_lock = threading.Lock()
+        self._drafter: Drafter | None = None
+        self._most_candidates = _MOST_CANDIDATES
+        self.counts = Counts()
+
+    def __repr__(self) -> str:
+        return f"LocalLanguageModel({self._name!r}, device={self._device!r})"
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def device(self) -> str:
+        return self._device
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held for keys and values, in bytes."""
+        return self._drafter.num_bytes if self._drafter is not None else 0
+
+    @property
+    def drafts(self) -> Drafts:
+        """How candidates are drafted; loads the weights."""
+        return _name_of(self._loaded())
+
+    @property
+    def max_rows(self) -> int:
+        free = _free_bytes(self._device)
+        if free is None:
+            return _MOST_ROWS
+        config = self._config.get_text_config()
+        heads = getattr(config, "num_attention_heads", None) or 1
+        hidden = getattr(config, "hidden_size", None) or 1
+        size = getattr(config, "head_dim", None) or hidden // heads
+        kept = getattr(config, "num_key_value_heads", None) or heads
+        layers = getattr(config, "num_hidden_layers", None) or 1
+        row = 2 * layers * kept * size * _itemsize(self._dtype)
+        row *= min(self.context_length, _ROW_TOKENS)
+        return max(1, min(_MOST_ROWS, int(0.8 * free / row)))
+
+    @property
+    def max_candidates(self) -> int:
+        return self._most_candidates
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers, with a chat template."""
+        tokenizer = self._given_tokenizer
+        if tokenizer is None:
+            from transformers import AutoTokenizer
+
+            tokenizer = self._read(AutoTokenizer, name=self._tokenizer_name)
+        if self._chat_template is not None or not tokenizer.chat_template:
+            if self._chat_template is None:
+                _log.warning("%s has no chat template; a plain one is used", self._name)
+            tokenizer.chat_template = self._chat_template or FALLBACK_TEMPLATE
+        return tokenizer
+
+    @cached_property
+    def _config(self) -> Any:
+        if self._given is not None:
+            return self._given.config
+        from transformers import AutoConfig
+
+        return self._read(AutoConfig, name=self._base_name)
+
+    @cached_property
+    def _base_name(self) -> str:
+        """Whose configuration the model has: of an adapter, its base's."""
+        adapter = Path(self._name) / "adapter_config.json"
+        if not adapter.is_file():
+            return self._name
+        return str(json.loads(adapter.read_text())["base_model_name_or_path"])
+
+    @cached_property
+    def _tokenizer_name(self) -> str:
+        folder = Path(self._name)
+        if self._base_name == self._name or (folder / "tokenizer_config.json").is_file():
+            return self._name
+        return self._base_name
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        """What the weights are in, where they are not quantised."""
+        if self._given is not None:
+            return next(p.dtype for p in self._given.parameters() if p.is_floating_point())
+        if self._source.dtype != "auto":
+            named = getattr(torch, self._source.dtype)
+            assert isinstance(named, torch.dtype)
+            return named
+        if self._device == "cpu" and self._device_map is None:
+            return torch.float32
+        own = getattr(self._config, "dtype", None) or torch.float32
+        return getattr(torch, own) if isinstance(own, str) else own
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        source = self._source
+        for part in (source.revision, str(self._dtype), source.attention, self.vocabulary):
+            digest.update(repr(part).encode())
+        digest.update(repr(sorted(self._drafted_control_tokens)).encode())
+        folder = Path(self._name)
+        if self._given is not None:
+            for parameter_name, parameter in self._given.state_dict().items():
+                digest.update(f"{parameter_name}{tuple(parameter.shape)}".encode())
+                sample = parameter.flatten()[:: max(1, parameter.numel() // 64)]
+                digest.update(repr(sample.float().tolist()).encode())
+        elif folder.is_dir():
+            _digest_folder(digest, folder)
+        else:
+            commit = getattr(self._config, "_commit_hash", None)
+            digest.update(f"{self._name}@{commit}".encode())
+        if self._settings:
+            digest.update(source.model.encode())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def vocabulary(self) -> str:
+        with self._tokenizer_lock:
+            return vocabulary_of(self.tokenizer)
+
+    @cached_property
+    def context_length(self) -> int:
+        if self._given_context_length is not None:
+            return self._given_context_length
+        config = self._config.get_text_config()
+        for attribute in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+            length = getattr(config, attribute, None)
+            if isinstance(length, int) and length > 0:
+                return length
+        return _UNLIMITED_CONTEXT
+
+    def encode(self, chat: Chat, *, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        open_end = bool(chat) and chat[-1].get("role") == "assistant"
+        with self._tokenizer_lock:
+            return encode_chat(
+                self.tokenizer,
+                chat,
+                add_generation_prompt=not open_end,
+                continue_final_message=open_end,
+                tools=tools,
+            )
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        with self._tokenizer_lock:
+            text: str = self.tokenizer.decode(
+                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        return text
+
+    def draw(self, requests: Sequence[Request]) -> list[list[Candidate]]:
+        drafting = self.drafting(requests)
+        while True:
+            try:
+                next(drafting)
+            except StopIteration as stop:
+                proposals: list[list[Candidate]] = stop.value
+                return proposals
+
+    def drafting(self, requests: Sequence[Request]) -> Drafting:
+        lanes: dict[str, list[int]] = {}
+        for at, request in enumerate(requests):
+            lanes.setdefault(request.prefix.lane, []).append(at)
+        proposals: list[list[Candidate]] = [[] for _ in requests]
+        for places in lanes.values():
+            drafting = self._backing_off([requests[at] for at in places])
+            drafted = yield from _spread(drafting, places, len(requests))
+            for at, candidates in zip(places, drafted, strict=True):
+                proposals[at] = candidates
+        return proposals
+
+    def release(self, prefix: Prefix) -> None:
+        if self._drafter is not None:
+            self._drafter.release(prefix)
+
+    def unload(self) -> None:
+        self._drafter = None
+        with _REGISTRY_LOCK:
+            weights = _REGISTRY.pop(self._source, None)
+        if weights is not None:
+            weights.model = None
+            for user in weights.users:
+                user._drafter = None
+        if self._device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    def round_seconds(self, num_rows: int, count: int, size: int) -> float:
+        drafter = self._loaded()
+        if isinstance(drafter, RaggedDrafter):
+            return self._seconds(num_rows) + (size - 1) * self._seconds(num_rows * count)
+        return num_rows * (self._seconds(1) + (size - 1) * self._seconds(count))
+
+    def _seconds(self, queries: int) -> float:
+        """Return how long a forward pass of some queries is thought to take."""
+        weights = self._weights()
+        with weights.lock:
+            table = weights.seconds.get(self.drafts)
+            if table is None:
+                table = weights.seconds[self.drafts] = _time_steps(self._loaded())
+        return _interpolate(table, queries)
+
+    def _backing_off(self, requests: Sequence[Request]) -> Drafting:
+        """Draft; where memory ends, fewer candidates at once, then fewer rows."""
+        drafter = self._loaded()
+        shown = [0] * len(requests)
+        try:
+            return (yield from _counting(drafter.round(requests), shown))
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        self.counts.out_of_memory += 1
+        widest = max(request.count for request in requests)
+        _log.warning("out of memory: %d rows x %d candidates", len(requests), widest)
+        if self._device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        everywhere = range(len(requests))
+        if widest > 1:
+            self._most_candidates = max(1, min(self._most_candidates, widest // 2))
+            fewer = [replace(r, count=(r.count + 1) // 2) for r in requests]
+            first = yield from _skipping(self._backing_off(fewer), shown)
+            places = [at for at in everywhere if requests[at].count > 1]
+            rest = [
+                replace(
+                    requests[at],
+                    first_attempt=requests[at].first_attempt + fewer[at].count,
+                    count=requests[at].count - fewer[at].count,
+                    streamed=False,
+                )
+                for at in places
+            ]
+            second = yield from self._backing_off(rest)
+            for at, candidates in zip(places, second, strict=True):
+                first[at] = first[at] + candidates
+            return first
+        if len(requests) == 1:
+            raise MemoryError("one reply alone does not fit into the memory of the device")
+        proposals: list[list[Candidate]] = []
+        half = (len(requests) + 1) // 2
+        for places in (everywhere[:half], everywhere[half:]):
+            drafter.forget(requests[0].prefix.lane)  # the other rows' keys and values make room
+            drafting = self._backing_off([requests[at] for at in places])
+            proposals += yield from _skipping(_spread(drafting, places, len(requests)), shown)
+        return proposals
+
+    def _weights(self) -> _Weights:
+        with _REGISTRY_LOCK:
+            return _REGISTRY.setdefault(self._source, _Weights())
+
+    def _loaded(self) -> Drafter:
+        """Return the drafter; load the weights and choose it, if that has not been done."""
+        if self._drafter is None:
+            weights = self._weights()
+            with weights.lock:
+                if weights.model is None:
+                    weights.model = self._load()
+                self._drafter = self._choose(self._network(weights.model), weights)
+                weights.users.add(self)
+        return self._drafter
+
+    def _load(self) -> Any:
+        register_attention()
+        attention = self._source.attention
+        config = self._config.get_text_config()
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            attention = "eager"
+        if self._given is not None:
+            if type(self._given)._supports_attention_backend or attention == "eager":
+                self._given.set_attn_implementation(attention)
+            return self._given.eval()
+        from transformers import AutoModelForCausalLM
+
+        began = time.perf_counter()
+        arguments: dict[str, Any] = dict(self._settings)
+        if self._device_map is not None:
+            arguments["device_map"] = self._device_map
+        if attention != PACKED_SDPA:
+            arguments["attn_implementation"] = attention
+        dtype: Any = "auto" if self._source.dtype == "auto" and self._device_map else self._dtype
+        _check_weights(self._name)
+        model = self._read(AutoModelForCausalLM, dtype=dtype, use_safetensors=True, **arguments)
+        if attention == PACKED_SDPA and type(model)._supports_attention_backend:
+            model.set_attn_implementation(PACKED_SDPA)
+        quantised = getattr(model, "quantization_method", None) is not None
+        if self._device_map is None and not quantised:
+            model = model.to(self._device)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        _log.info("loaded %s in %.1f s", self._name, time.perf_counter() - began)
+        return model.eval()
+
+    def _read(self, kind: Any, name: str | None = None, **arguments: Any) -> Any:
+        """Read a part of the checkpoint; say what to do where it is not there."""
+        source = self._source
+        try:
+            return kind.from_pretrained(
+                name or self._name,
+                revision=source.revision,
+                trust_remote_code=source.trust_remote_code,
+                **arguments,
+            )
+        except OSError as error:
+            raise ValueError(
+                f"`model` could not be read: {self._name} ({kind.__name__}: {type(error).__name__})."
+                " Name a folder that holds config.json, tokenizer and *.safetensors files, or a"
+                " model of the hub that this machine can reach; weights in *.bin files are not"
+                " loaded: save them with `save_pretrained` first."
+            ) from error
+
+    def _network(self, model: Any) -> Network:
+        import inspect
+
+        config = model.config.get_text_config()
+        vocab = int(config.vocab_size)
+        device = torch.device(self._device)
+        if self._device_map is not None:
+            device = model.get_input_embeddings().weight.device
+        accepted = inspect.signature(type(model).forward).parameters
+        ends, hidden = self._control_ids(model, vocab)
+        marks = torch.zeros((2, vocab), dtype=torch.bool)
+        marks[0, sorted(ends)] = True
+        marks[1, sorted(hidden)] = True
+        marks[1, len(self.tokenizer) :] = True
+        implementation = getattr(model.config, "_attn_implementation", None)
+        return Network(
+            model=model,
+            device=device,
+            dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()),
+            num_layers=int(config.num_hidden_layers),
+            windows=_windows(config) or {},
+            maskless=implementation in (PACKED_SDPA, "sdpa"),
+            keeps="logits_to_keep" in accepted,
+            context_length=self.context_length,
+            ends=marks[0].to(device),
+            hidden=marks[1].to(device),
+            cache_name="cache_params" if "cache_params" in accepted else "past_key_values",
+            chunk=512 if device.type == "cpu" else 2048,
+        )
+
+    def _control_ids(self, model: Any, vocab: int) -> tuple[set[int], set[int]]:
+        """Return the token ids that end a reply, and those that are never drafted.
+
+        A reply ends with the end tokens of the generation config, the config and the tokenizer,
+        and with what the chat template writes after an assistant's text. Every other special
+        token, and every added one that the template writes around messages, is not drafted.
+        """
+        tokenizer = self.tokenizer
+        ends: set[int] = set()
+        for owner in (getattr(model, "generation_config", None), model.config, tokenizer):
+            ids = getattr(owner, "eos_token_id", None)
+            ends |= set(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+        added: dict[int, Any] = tokenizer.added_tokens_decoder
+        hidden = {token_id for token_id, token in added.items() if token.special}
+        hidden |= set(tokenizer.all_special_ids)
+        marker = "zqx"
+        chat = [
+            {"role": "user", "content": marker},
+            {"role": "assistant", "content": marker},
+            {"role": "user", "content": marker},
+        ]
+        rendered = tokenizer.apply_chat_template(chat, tokenize=False)
+        if rendered.count(marker) == len(chat):
+            after = tokenizer.encode(rendered.split(marker)[2], add_special_tokens=False)
+            ends |= set(after[:1]) & set(added)
+        hidden |= set(tokenizer.encode(rendered, add_special_tokens=False)) & set(added)
+        allowed = set(tokenizer.convert_tokens_to_ids(sorted(self._drafted_control_tokens)))
+        inside = set(range(vocab))
+        return ends & inside, (hidden - ends - allowed) & inside
+
+    def _choose(self, network: Network, weights: _Weights) -> Drafter:
+        """Return the fastest drafter that a check finds right, or the one asked for."""
+        ways: dict[str, type[Drafter]] = {
+            "ragged": RaggedDrafter,
+            "snapshot": SnapshotDrafter,
+            "recompute": RecomputeDrafter,
+        }
+        for way, drafter in ways.items():
+            if self._drafts not in (None, way):
+                continue
+            if way not in weights.drafts:
+                weights.drafts[way] = self._is_right(way, network)
+            if weights.drafts[way]:
+                return drafter(network, self.counts)
+            if self._drafts is not None:
+                raise ValueError(
+                    f"`drafts` cannot be {way} for {self._name}: it computes otherwise"
+                )
+            if way == "ragged" and _is_recurrent(network.model.config):
+                continue
+            _log.warning("%s cannot draft the %s way; a slower one is taken", self._name, way)
+        raise AssertionError("recomputing is always right")
+
+    def _is_right(self, way: str, network: Network) -> bool:
+        if way == "recompute":
+            return True
+        config = network.model.config.get_text_config()
+        if way == "ragged" and (
+            config.model_type not in RAGGED_FAMILIES or _windows(config) is None
+        ):
+            return False
+        try:
+            error = ragged_error(network) if way == "ragged" else snapshot_error(network)
+        except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as failure:
+            _log.info("%s: the %s check failed: %s", self._name, way, type(failure).__name__)
+            return False
+        except RuntimeError as failure:
+            if _is_out_of_memory(failure):
+                raise
+            _log.info("%s: the %s check failed: %s", self._name, way, type(failure).__name__)
+            return False
+        most = 2e-5 if network.dtype == torch.float32 else 5e-2
+        _log.debug("%s: error of the %s way %.1e of the logits' scale", self._name, way, error)
+        return error <= most
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that can be neither a hub id nor a folder that there is."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise ValueError(f"`model` must be a folder that holds config.json, got {name}")
+        return
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or not name:
+        if "/" not in name and name and not name.startswith((".", "~")):
+            return  # a few old hub ids have no owner
+        raise ValueError(
+            f"`model` must be a hub id (owner/name) or a folder that exists, got {name}"
+        )
+
+
+def _check_weights(name: str) -> None:
+    """Refuse a folder whose weights are not in safetensors files."""
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        found = "only *.bin files" if any(folder.glob("*.bin")) else "none"
+        raise ValueError(
+            f"`model` must hold its weights in *.safetensors files, got {found} in {name}. Files of"
+            " the other kind can run code when they are read. Where you trust them, convert them"
+            " once: AutoModelForCausalLM.from_pretrained(folder, use_safetensors=False)"
+            ".save_pretrained(folder)"
+        )
+
+
+def _digest_folder(digest: Any, folder: Path) -> None:
+    """Add what makes a checkpoint what it is; large files by samples from their whole length."""
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            if size <= _WHOLE_FILE_BYTES:
+                digest.update(file.read())
+                continue
+            for part in range(64):
+                file.seek(part * (size - _SAMPLE_BYTES) // 63)
+                digest.update(file.read(_SAMPLE_BYTES))
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _free_bytes(device: str) -> int | None:
+    """Return how much memory is free on a device; None where that is not known."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+
+
+def _itemsize(dtype: torch.dtype) -> int:
+    return torch.empty((), dtype=dtype).element_size()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in said or "can't allocate memory" in said
+    )
+
+
+def _windows(config: Any) -> dict[str, int | None] | None:
+    """Return the kinds of attention layers and their windows; None if there are unknown kinds."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        return {"attention": window}
+    known = {"full_attention": None, "sliding_attention": window}
+    if not set(kinds) <= set(known):
+        return None
+    return {kind: known[kind] for kind in sorted(set(kinds))}
+
+
+def _is_recurrent(config: Any) -> bool:
+    """Whether it is no news that a model keeps states that cannot be taken back."""
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    return bool(kinds - {"full_attention", "sliding_attention", "chunked_attention"})
+
+
+def _name_of(drafter: Drafter) -> Drafts:
+    if isinstance(drafter, RaggedDrafter):
+        return "ragged"
+    return "snapshot" if isinstance(drafter, SnapshotDrafter) else "recompute"
+
+
+def _relay(
+    drafting: Drafting, change: Callable[[Sequence[int | None]], Sequence[int | None]]
+) -> Drafting:
+    """Pass a drafting on, and what it streams through `change`."""
+    try:
+        while True:
+            try:
+                tokens = next(drafting)
+            except StopIteration as stop:
+                drafted: list[list[Candidate]] = stop.value
+                return drafted
+            yield change(tokens)
+    finally:
+        drafting.close()
+
+
+def _spread(drafting: Drafting, places: Sequence[int], length: int) -> Drafting:
+    """Put what some requests stream to their places among all."""
+
+    def spread(tokens: Sequence[int | None]) -> Sequence[int | None]:
+        everywhere: list[int | None] = [None] * length
+        for at, token in zip(places, tokens, strict=False):
+            everywhere[at] = token
+        return everywhere if tokens else ()
+
+    return _relay(drafting, spread)
+
+
+def _counting(drafting: Drafting, shown: list[int]) -> Drafting:
+    """Count the tokens that each request has streamed."""
+
+    def count(tokens: Sequence[int | None]) -> Sequence[int | None]:
+        for at, token in enumerate(tokens):
+            shown[at] += token is not None
+        return tokens
+
+    return _relay(drafting, count)
+
+
+def _skipping(drafting: Drafting, shown: Sequence[int]) -> Drafting:
+    """Leave out the tokens that were streamed before the round was begun again."""
+    left = list(shown)
+
+    def skip(tokens: Sequence[int | None]) -> Sequence[int | None]:
+        new = list(tokens)
+        for at, token in enumerate(new):
+            if token is not None and left[at]:
+                left[at] -= 1
+                new[at] = None
+        return new
+
+    return _relay(drafting, skip)
+
+
+def _interpolate(table: Mapping[int, float], queries: int) -> float:
+    """Return the time of a number of queries, straight between and beyond the measured ones."""
+    sizes = sorted(table)
+    if queries in table or len(sizes) == 1:
+        return table.get(queries, table[sizes[0]] * max(1.0, queries / sizes[0]))
+    above = next((at for at, size in enumerate(sizes) if size > queries), len(sizes) - 1)
+    low, high = sizes[max(0, above - 1)], sizes[max(1, above)]
+    slope = max(0.0, (table[high] - table[low]) / (high - low))
+    return table[low] + slope * (queries - low)
+
+
+def _time_steps(drafter: Drafter) -> dict[int, float]:
+    """Measure forward passes of a few sizes behind a short prefix, in seconds."""
+    table: dict[int, float] = {}
+    began = time.perf_counter()
+    for queries in _TIMED_QUERIES:
+        step = drafter.stepping(queries)
+        times = []
+        for _ in range(4):
+            at = time.perf_counter()
+            step().tolist()  # waits for the device
+            times.append(time.perf_counter() - at)
+        table[queries] = statistics.median(times[1:])
+        if time.perf_counter() - began > _TIMING_SECONDS and len(table) >= 4:
+            break
+    return table
