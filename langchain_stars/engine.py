@@ -237,6 +237,7 @@ class _Lane:
     round: Generator[None, None, None] | None = None
     in_round: list[_Seat] = field(default_factory=list)
     served: float = 0.0
+    num_rows: int = 1
 
     @property
     def busy(self) -> bool:
@@ -509,7 +510,7 @@ class Engine:
         """Return how long nothing can happen, in seconds, unless the thread is woken."""
         if self._questions or self._hearing is not None:
             return 0.0
-        if any(lane.round is not None for lane in self._lanes):
+        if any(lane.round is not None or self._can_begin(lane) for lane in self._lanes):
             return 0.0
         moments = [math.inf]
         for question in self._asked:
@@ -522,6 +523,12 @@ class Engine:
                     moments.append(seat.row.inquiry.deadline)
         first = min(moments)
         return first if first == math.inf else max(0.0, first - time.monotonic())
+
+    def _can_begin(self, lane: _Lane) -> bool:
+        """Return whether a lane without a round has a row for one, or room for who waits."""
+        if lane.waiting and len(lane.seats) < lane.num_rows:
+            return True
+        return any(seat.row.inquiry is None or seat.row.inquiry.done for seat in lane.seats)
 
     def _hear(self) -> None:
         """Do one piece of what is asked outside of replies; answer what has been judged."""
@@ -584,7 +591,8 @@ class Engine:
             if not seat.row.ended and not seat.reply.cancelled:
                 self._settle(seat)
         self._dismiss(lane)
-        room = self._num_rows(lane.language_model) - len(lane.seats)
+        lane.num_rows = self._num_rows(lane.language_model)
+        room = lane.num_rows - len(lane.seats)
         while lane.waiting and room > 0:
             self._admit(lane, lane.waiting.popleft())
             room -= 1
