@@ -28,12 +28,13 @@ class _Place:
 
     Attributes:
         rows: Rows of the buffers, one for each row of the batch; a slice where they are adjacent.
-        slots: Slot that each query writes, [batch, queries].
+        slots: Slot that each query writes, [batch, queries]; or the one that the first query of
+            every row writes, where the rows are adjacent and the other queries follow it.
         limit: Number of slots that are read.
     """
 
     rows: slice | Tensor
-    slots: Tensor
+    slots: Tensor | int
     limit: int
 
 
@@ -41,6 +42,8 @@ class RaggedLayer(StaticLayer):
     """One layer's keys and values, [rows, heads, slots, size]."""
 
     is_croppable = False
+    # A mask is given or none is needed: where this were true, transformers would make its own.
+    is_compileable = False
 
     def __init__(self, cache: "RaggedCache") -> None:
         super().__init__(max_cache_len=0)
@@ -75,10 +78,15 @@ class RaggedLayer(StaticLayer):
             read = []
             for buffer, states in ((self.keys, key_states), (self.values, value_states)):
                 window = buffer[place.rows]
-                index = place.slots[:, None, :, None].expand(states.shape)
-                window.scatter_(2, index, states.to(buffer.dtype))
+                if isinstance(place.slots, int):
+                    window[:, :, place.slots : place.slots + states.shape[2]] = states
+                else:
+                    slots = place.slots.to(states.device)
+                    index = slots[:, None, :, None].expand(states.shape)
+                    window.scatter_(2, index, states.to(buffer.dtype))
                 read.append(window[:, :, : place.limit])
             return read[0], read[1]
+        assert isinstance(place.slots, Tensor)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             # Two index tensors around a slice put their axes first: [batch, queries, heads, size].
             buffer[place.rows[:, None], :, place.slots] = states.to(buffer.dtype).transpose(1, 2)
@@ -129,36 +137,29 @@ class RaggedCache(Cache):
     def resize(self, num_rows: int, num_slots: int) -> None:
         """Give the rows other room, layer by layer, keeping what fits.
 
-        Where memory ends on the way, all layers keep or get back room that they share: nothing
-        that fits both the old and the new room is lost.
+        Where memory ends on the way, the layers differ and the cache must be thrown away.
         """
         if (num_rows, num_slots) == (self.num_rows, self.num_slots):
             return
-        old = (self.num_rows, self.num_slots)
-        try:
-            for layer in self._layers:
-                _resize(layer, num_rows, num_slots)
-        except BaseException:
-            for layer in self._layers:
-                _resize(layer, min(num_rows, old[0]), min(num_slots, old[1]))
-            self.num_rows, self.num_slots = min(num_rows, old[0]), min(num_slots, old[1])
-            raise
+        for layer in self._layers:
+            _resize(layer, num_rows, num_slots)
         self.num_rows, self.num_slots = num_rows, num_slots
 
     @contextmanager
-    def at(self, *, rows: Sequence[int], slots: Tensor, limit: int) -> Iterator[None]:
+    def at(self, *, rows: Sequence[int], slots: Tensor | int, limit: int) -> Iterator[None]:
         """Say where the forward pass inside writes and reads.
 
         Args:
             rows: Row of each row of the batch, each once; adjacent ones are not copied to be read.
-            slots: Slot that each query writes, [batch, queries]; no two of a row are the same.
+            slots: Slot that each query writes, [batch, queries]; no two of a row are the same. Of
+                adjacent rows also a number: the slot of every row's first query, which the others
+                follow.
             limit: Number of slots that are read, above every slot written.
         """
-        first, last = rows[0], rows[-1]
-        adjacent = list(rows) == list(range(first, last + 1))
-        chosen = (
-            slice(first, last + 1) if adjacent else torch.tensor(list(rows), device=slots.device)
-        )
+        chosen: slice | Tensor = slice(rows[0], rows[-1] + 1)
+        if list(rows) != list(range(rows[0], rows[-1] + 1)):
+            assert isinstance(slots, Tensor)
+            chosen = torch.tensor(list(rows), device=slots.device)
         self.place = _Place(chosen, slots, limit)
         try:
             yield
@@ -180,6 +181,14 @@ class RaggedCache(Cache):
         for layer in self._layers:
             for buffer in layer.buffers:
                 buffer[target, :, :num_slots] = buffer[source, :, :num_slots]
+
+    def swap_rows(self, one: int, other: int, *, num_slots: int) -> None:
+        """Exchange the first slots of two rows."""
+        for layer in self._layers:
+            for buffer in layer.buffers:
+                held = buffer[one, :, :num_slots].clone()
+                buffer[one, :, :num_slots] = buffer[other, :, :num_slots]
+                buffer[other, :, :num_slots] = held
 
 
 def _resize(layer: RaggedLayer, num_rows: int, num_slots: int) -> None:
@@ -238,24 +247,29 @@ def packed_sdpa(
     """
     batch, heads, queries, size = query.shape
     groups = heads // key.shape[1]
-    if groups > 1 and attention_mask is not None:
-        folded = query.reshape(batch, key.shape[1], groups * queries, size)
-        mask = (
-            attention_mask[..., : key.shape[2]].expand(-1, 1, queries, -1).repeat(1, 1, groups, 1)
-        )
-        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-        out = out.reshape(batch, heads, queries, value.shape[-1])
-    else:
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if attention_mask is None and queries > 1 and causal:
+        # Causal among the queries themselves, which begin at the first slot: behind them is nothing.
         out = F.scaled_dot_product_attention(
             query,
-            key,
-            value,
-            attn_mask=attention_mask,
+            key[:, :, :queries],
+            value[:, :, :queries],
+            dropout_p=dropout,
             scale=scaling,
-            is_causal=attention_mask is None and queries > 1,
+            is_causal=True,
             enable_gqa=groups > 1,
         )
-    return out.transpose(1, 2).contiguous(), None
+        return out.transpose(1, 2).contiguous(), None
+    if groups > 1:
+        query = query.reshape(batch, key.shape[1], groups * queries, size)
+        if attention_mask is not None and queries > 1:
+            attention_mask = attention_mask[..., : key.shape[2]].expand(-1, 1, queries, -1)
+            attention_mask = attention_mask.repeat(1, 1, groups, 1)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+    )
+    return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, packed_sdpa)

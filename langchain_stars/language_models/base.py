@@ -192,6 +192,13 @@ class LanguageModel(ABC):
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids; bytes that are no UTF-8 become U+FFFD."""
 
+    def encode_text(self, text: str) -> list[int]:
+        """Return the token ids of a text by itself, without a template, to count them.
+
+        As it stands, those of a chat in which a user says it.
+        """
+        return self.encode([{"role": "user", "content": text}])
+
     @abstractmethod
     def draw(self, requests: Sequence[Request]) -> list[list[Candidate]]:
         """Return `count` candidates for each request, in the order of their attempt numbers.
@@ -205,6 +212,13 @@ class LanguageModel(ABC):
         proposals = self.draw(requests)
         yield ()
         return proposals
+
+    def load(self) -> None:  # noqa: B027 - what is always loaded has nothing to do
+        """Load what it needs, once, before its first use; any thread may call it.
+
+        Raises:
+            ValueError: There is nothing to load, or it cannot be used; the error says what to do.
+        """
 
     def release(self, prefix: Prefix) -> None:  # noqa: B027 - a model that keeps nothing has nothing to drop
         """Drop what was computed for a reply that has ended."""

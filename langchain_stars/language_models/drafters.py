@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from langchain_stars.language_models.base import Candidate, Drafting, Prefix, Request
-from langchain_stars.language_models.ragged_cache import RaggedCache, TreeMask, causal_masks
+from langchain_stars.language_models.masks import TreeMask, causal_masks
 from langchain_stars.language_models.sampling import Sampler
+from langchain_stars.ragged_cache import RaggedCache
 from langchain_stars.randomness import drafting_uniforms
 
 _BUCKET = 256
@@ -108,8 +109,10 @@ class Network:
             arguments["attention_mask"] = mask
         if cache is not None:
             arguments["past_key_values"] = cache
+        logits: Tensor
         if self.keeps and not (isinstance(keep, int) and keep == 0):
-            return self.model(**arguments, logits_to_keep=keep).logits.to(self.device)
+            logits = self.model(**arguments, logits_to_keep=keep).logits
+            return logits.to(self.device)
         logits = self.model(**arguments).logits.to(self.device)
         if isinstance(keep, Tensor):
             return logits[:, keep]
@@ -188,10 +191,12 @@ class _Draws:
         return sum(self._open[row])
 
     def draw(self, logits: Tensor, first: int, last: int) -> Sequence[int | None]:
-        """Draw the next token of the rows `first` ... `last - 1`; return what is streamed of it.
+        """Draw the next token of some rows; return what is streamed of it.
 
         Args:
             logits: [rows, branches, vocab]; one branch where all of a row are still the same.
+            first: First of the rows.
+            last: Row after the last.
         """
         active = set(self.active)
         rows = slice(first, last)
@@ -415,7 +420,8 @@ class _Pool:
             self.drop()
             cache = None
         if cache is None:
-            self.cache = RaggedCache(self._network.num_layers, num_rows, _bucket(slots) + tail)
+            self.cache = RaggedCache(self._network.num_layers)
+            self.cache.resize(num_rows, _bucket(slots) + tail)
         elif num_rows > cache.num_rows or slots + tail > cache.num_slots:
             wider = cache.num_slots
             if slots + tail > wider:
@@ -440,11 +446,11 @@ class _Pool:
         rows = self._rows
         first, second = rows[one], rows[other]
         if first is not None and second is not None:
-            self.cache.swap_rows(one, other, max(first.extent, second.extent))
+            self.cache.swap_rows(one, other, num_slots=max(first.extent, second.extent))
         elif first is not None:
-            self.cache.copy_row(one, other, first.extent)
+            self.cache.copy_row(one, other, num_slots=first.extent)
         elif second is not None:
-            self.cache.copy_row(other, one, second.extent)
+            self.cache.copy_row(other, one, num_slots=second.extent)
         self.logits[[one, other]] = self.logits[[other, one]]
         rows[one], rows[other] = second, first
         if first is not None:
@@ -462,21 +468,26 @@ class RaggedDrafter(Drafter):
 
     @property
     def num_bytes(self) -> int:
+        """Memory held for keys and values, in bytes."""
         return sum(pool.cache.num_bytes for pool in self._pools.values() if pool.cache is not None)
 
     def release(self, prefix: Prefix) -> None:
+        """Free the prefix's row."""
         pool = self._pools.get(prefix.lane)
         if pool is not None:
             pool.release(prefix)
 
     def forget(self, lane: str) -> None:
+        """Free the lane's buffers."""
         pool = self._pools.get(lane)
         if pool is not None:
             pool.drop()
 
     def stepping(self, queries: int) -> Callable[[], Tensor]:
+        """Return a pass of branches behind a short prefix."""
         network, device = self.network, self.network.device
-        cache = RaggedCache(network.num_layers, 1, _TIMED_SLOTS + queries)
+        cache = RaggedCache(network.num_layers)
+        cache.resize(1, _TIMED_SLOTS + queries)
         ids = torch.ones((1, queries), dtype=torch.long, device=device)
         positions = torch.full((1, queries), min(_TIMED_SLOTS, network.context_length - 1))
         tree = TreeMask(
@@ -487,17 +498,17 @@ class RaggedDrafter(Drafter):
 
         @torch.inference_mode()
         def step() -> Tensor:
-            cache.aim(0, 1, limit, slot=_TIMED_SLOTS)
-            return network.forward(
-                ids,
-                positions=positions.to(device),
-                mask=None if self._uniform([0], limit) and queries == 1 else tree.read(0, 1, limit),
-                cache=cache,
-            ).argmax(-1)
+            mask = None if self._uniform([0], limit) and queries == 1 else tree.read(0, 1, limit)
+            with cache.at(rows=(0,), slots=_TIMED_SLOTS, limit=limit):
+                logits = network.forward(
+                    ids, positions=positions.to(device), mask=mask, cache=cache
+                )
+            return logits.argmax(-1)
 
         return step
 
     def round(self, requests: Sequence[Request]) -> Drafting:
+        """Draft for all rows at once."""
         rooms = _rooms(self.network, requests)
         pool = self._pools.setdefault(requests[0].prefix.lane, _Pool(self.network))
         if pool.busy:
@@ -530,9 +541,9 @@ class RaggedDrafter(Drafter):
             yield self._in_order(streamed, order)
             first, last = active[0], active[-1] + 1
             logits = self._step(pool, draws, rows, tree, first, last)
-            for row in active:
-                fed[row] += 1
-                self.counts.drafted += draws.num_open(row)
+            for at in active:
+                fed[at] += 1
+                self.counts.drafted += draws.num_open(at)
             self.counts.idle += (last - first) * draws.branches - sum(map(draws.num_open, active))
             streamed = self._draw(draws, logits, first, last)
         if streamed:
@@ -563,30 +574,25 @@ class RaggedDrafter(Drafter):
         """Make the cache agree with the prefixes; return the ids of each that must still be fed."""
         assert pool.cache is not None
         kept: list[int] = []
-        source: list[int] = []
-        target: list[int] = []
+        moves: list[tuple[int, int, int]] = []
         wanted = [[*r.prefix.prompt_ids, *r.prefix.token_ids] for r in requests]
         for row, ids in zip(rows, wanted, strict=True):
             length = _num_common(row.ids, ids)
             if length == len(row.ids) and row.drafted:
                 added = ids[length:]
-                branch = max(
-                    range(len(row.drafted)), key=lambda at: _num_common(row.drafted[at], added)
+                matching, branch = max(
+                    (_num_common(drafted, added), -at) for at, drafted in enumerate(row.drafted)
                 )
-                matching = _num_common(row.drafted[branch], added)
                 if row.branches > 1:
-                    start = row.index * pool.cache.num_slots + length
-                    source += range(
-                        start + branch, start + branch + matching * row.branches, row.branches
-                    )
-                    target += range(start, start + matching)
+                    moves += [
+                        (row.index, length + at * row.branches - branch, length + at)
+                        for at in range(matching)
+                    ]
                 length += matching
             kept.append(length)
-        if source != target:
-            device = self.network.device
-            pool.cache.move(
-                torch.tensor(source, device=device), torch.tensor(target, device=device)
-            )
+        if moves:
+            index, source, target = torch.tensor(moves, device=self.network.device).T
+            pool.cache.move(index, source[:, None], target[:, None])
         missing = []
         for row, request, ids, length in zip(rows, requests, wanted, kept, strict=True):
             row.scored = row.scored and length == len(row.ids)
@@ -656,21 +662,22 @@ class RaggedDrafter(Drafter):
         lengths = [len(row.ids) for row in rows[first:last]]
         ids = [missing[at][0] if len(missing[at]) == 1 else 0 for at in range(first, last)]
         limit = max(lengths) + 1
+        places = torch.tensor(lengths, device=device)[:, None]
+        slots: Tensor | int = places
         mask = None
         if self._uniform(lengths, limit):
-            pool.cache.aim(first, last, limit, slot=lengths[0])
+            slots = lengths[0]
         else:
-            index = [at * pool.cache.num_slots + n for at, n in enumerate(lengths, first)]
-            pool.cache.aim(first, last, limit, index=torch.tensor(index, device=device))
             mask = causal_masks(
                 network.windows, lengths, 1, limit, dtype=network.dtype, device=device
             )
-        logits = network.forward(
-            torch.tensor(ids, device=device)[:, None],
-            positions=torch.tensor(lengths, device=device)[:, None],
-            mask=mask,
-            cache=pool.cache,
-        )
+        with pool.cache.at(rows=range(first, last), slots=slots, limit=limit):
+            logits = network.forward(
+                torch.tensor(ids, device=device)[:, None],
+                positions=places,
+                mask=mask,
+                cache=pool.cache,
+            )
         self.counts.forwards += 1
         self.counts.idle += last - first - len(fed)
         for at in fed:
@@ -698,15 +705,11 @@ class RaggedDrafter(Drafter):
         starts = [len(rows[at].ids) for at in group]
         places = torch.tensor(starts, device=device)[:, None] + torch.arange(queries, device=device)
         limit = max(starts) + queries
+        slots: Tensor | int = places.clamp(max=pool.cache.num_slots - 1)
         mask = None
         if max(starts) == 0 and self._uniform(starts, limit):
-            pool.cache.aim(first, last, limit, slot=0)
+            slots = 0
         else:
-            rows_at = torch.arange(first, last, device=device)[:, None]
-            clamped = places.clamp(max=pool.cache.num_slots - 1)
-            pool.cache.aim(
-                first, last, limit, index=(rows_at * pool.cache.num_slots + clamped).flatten()
-            )
             mask = causal_masks(
                 network.windows, starts, queries, limit, dtype=network.dtype, device=device
             )
@@ -714,13 +717,14 @@ class RaggedDrafter(Drafter):
         for row, chunk in zip(ids, chunks, strict=True):
             row[: len(chunk)] = torch.tensor(chunk, dtype=torch.long)
         ends = sorted({len(c) - 1 for at, c in zip(group, chunks, strict=True) if c})
-        logits = network.forward(
-            ids.to(device),
-            positions=places.clamp(max=network.context_length - 1),
-            mask=mask,
-            cache=pool.cache,
-            keep=torch.tensor(ends, device=device),
-        )
+        with pool.cache.at(rows=range(first, last), slots=slots, limit=limit):
+            logits = network.forward(
+                ids.to(device),
+                positions=places.clamp(max=network.context_length - 1),
+                mask=mask,
+                cache=pool.cache,
+                keep=torch.tensor(ends, device=device),
+            )
         self.counts.forwards += 1
         self.counts.idle += len(group) * queries - sum(map(len, chunks))
         for at, of_row, chunk in zip(group, logits, chunks, strict=True):
@@ -776,29 +780,27 @@ class RaggedDrafter(Drafter):
         if tree is not None:
             tree.advance(step)
             mask = tree.read(first, last, limit)
-        if min(lengths) == max(lengths):
-            cache.aim(first, last, limit, slot=lengths[0] + step * branches)
-        else:
-            index = [
-                row * cache.num_slots + length + step * branches + branch
-                for row, length in enumerate(lengths, first)
-                for branch in range(branches)
-            ]
-            cache.aim(first, last, limit, index=torch.tensor(index, device=network.device))
+        slots: Tensor | int = lengths[0] + step * branches
+        if min(lengths) != max(lengths):
+            slots = torch.tensor(lengths, device=network.device)[:, None] + (
+                step * branches + torch.arange(branches, device=network.device)
+            )
         places = [[min(n + step, network.context_length - 1)] * branches for n in lengths]
         self.counts.forwards += 1
-        return network.forward(
-            draws.tokens[first:last, :, step],
-            positions=torch.tensor(places, device=network.device),
-            mask=mask,
-            cache=cache,
-        )
+        with cache.at(rows=range(first, last), slots=slots, limit=limit):
+            return network.forward(
+                draws.tokens[first:last, :, step],
+                positions=torch.tensor(places, device=network.device),
+                mask=mask,
+                cache=cache,
+            )
 
 
 class _OneByOne(Drafter):
     """Drafts for one row after the other, its branches as rows of a batch."""
 
     def round(self, requests: Sequence[Request]) -> Drafting:
+        """Draft for row after row."""
         rooms = _rooms(self.network, requests)
         self.counts.rounds += 1
         returned: list[list[Candidate]] = []
@@ -813,6 +815,7 @@ class _OneByOne(Drafter):
         return returned
 
     def stepping(self, queries: int) -> Callable[[], Tensor]:
+        """Return a pass of a batch of short rows."""
         ids = torch.ones((queries, 2), dtype=torch.long, device=self.network.device)
 
         @torch.inference_mode()
@@ -862,9 +865,11 @@ class SnapshotDrafter(_OneByOne):
         self._snapshots: dict[str, WeakKeyDictionary[Prefix, _Snapshot]] = {}
 
     def release(self, prefix: Prefix) -> None:
+        """Drop the prefix's cache."""
         self._snapshots.get(prefix.lane, WeakKeyDictionary()).pop(prefix, None)
 
     def forget(self, lane: str) -> None:
+        """Drop the lane's caches."""
         self._snapshots.pop(lane, None)
 
     def _one(self, prefix: Prefix, draws: _Draws) -> Iterator[Sequence[int | None]]:
@@ -997,32 +1002,32 @@ def ragged_error(network: Network) -> float:
     prompts, branches = _probe(network)
     lengths = [len(prompt) for prompt in prompts]
     device, longest = network.device, max(map(len, prompts))
-    cache = RaggedCache(network.num_layers, 2, longest + 4)
+    cache = RaggedCache(network.num_layers)
+    cache.resize(2, longest + 4)
     ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
-    settings = {"dtype": network.dtype, "device": device}
-    cache.aim(0, 2, longest, slot=0)
-    network.forward(
-        ids.to(device),
-        positions=torch.arange(longest, device=device).expand(2, -1),
-        mask=causal_masks(network.windows, [0, 0], longest, longest, **settings),
-        cache=cache,
-    )
-    tree = TreeMask(network.windows, lengths, 2, 2, **settings)
+    dtype = network.dtype
+    with cache.at(rows=range(2), slots=0, limit=longest):
+        network.forward(
+            ids.to(device),
+            positions=torch.arange(longest, device=device).expand(2, -1),
+            mask=causal_masks(
+                network.windows, [0, 0], longest, longest, dtype=dtype, device=device
+            ),
+            cache=cache,
+        )
+    tree = TreeMask(network.windows, lengths, 2, 2, dtype=dtype, device=device)
+    ends = torch.tensor(lengths, device=device)[:, None]
     logits = []
     for step in range(2):
         tree.advance(step)
-        index = [
-            row * cache.num_slots + length + 2 * step + branch
-            for row, length in enumerate(lengths)
-            for branch in range(2)
-        ]
-        cache.aim(0, 2, longest + 4, index=torch.tensor(index, device=device))
-        got = network.forward(
-            branches[:, :, step],
-            positions=torch.tensor([[length + step] * 2 for length in lengths], device=device),
-            mask=tree.read(0, 2, longest + 4),
-            cache=cache,
-        )
+        slots = ends + 2 * step + torch.arange(2, device=device)
+        with cache.at(rows=range(2), slots=slots, limit=longest + 4):
+            got = network.forward(
+                branches[:, :, step],
+                positions=(ends + step).expand(-1, 2),
+                mask=tree.read(0, 2, longest + 4),
+                cache=cache,
+            )
         logits += [
             (prompts[row] + branches[row, branch, : step + 1].tolist(), got[row, branch])
             for row in range(2)

@@ -38,8 +38,8 @@ from langchain_stars.language_models.drafters import (
     ragged_error,
     snapshot_error,
 )
-from langchain_stars.language_models.ragged_cache import PACKED_SDPA, register_attention
-from langchain_stars.templates import encode_chat, vocabulary_of
+from langchain_stars.ragged_cache import ATTENTION
+from langchain_stars.templates import TextEncoder, encode_chat, vocabulary_of
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +47,48 @@ Drafts: TypeAlias = Literal["ragged", "snapshot", "recompute"]
 """How candidates are drafted, from the fastest to the one that every model allows."""
 
 RAGGED_FAMILIES = frozenset(
-    ["apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neo", "gpt_neox", "gptj", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "llama", "ministral", "mistral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"]
+    [
+        "apertus",
+        "arcee",
+        "cohere",
+        "cohere2",
+        "ernie4_5",
+        "exaone4",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "gpt2",
+        "gpt_neo",
+        "gpt_neox",
+        "gptj",
+        "granite",
+        "granitemoe",
+        "helium",
+        "hunyuan_v1_dense",
+        "llama",
+        "ministral",
+        "mistral",
+        "mixtral",
+        "nanochat",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "opt",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "seed_oss",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    ]
 )
 """Families of transformers (`model_type`) whose layers see what position ids and masks say."""
 
@@ -108,9 +149,7 @@ def _renew_locks() -> None:
 os.register_at_fork(after_in_child=_renew_locks)
 
 
-def load_language_model(
-    model: "str | os.PathLike[str] | LanguageModel | Any", **settings: Any
-) -> LanguageModel:
+def load_language_model(model: Any, **settings: Any) -> LanguageModel:
     """Return the language model of that name; the same object for the same name and settings.
 
     Sharing the object, callers share weights, prompts' caches and rounds. Nothing is loaded yet.
@@ -151,7 +190,7 @@ class LocalLanguageModel(LanguageModel):
         device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`; None takes the best there is.
         device_map: As in transformers, to spread a large model; then `device` is left to it.
         trust_remote_code: Whether code of the checkpoint may run.
-        attention: Attention implementation; `"packed_sdpa"` reads keys and values once for all
+        attention: Attention implementation; the default reads keys and values once for all
             query heads that share them. Models whose attention scores are capped run `"eager"`.
         drafts: How candidates are drafted; None takes the fastest way that a check at load finds
             right: `"ragged"` keeps keys and values once a reply, `"snapshot"` copies the model's
@@ -168,7 +207,7 @@ class LocalLanguageModel(LanguageModel):
 
     def __init__(
         self,
-        model: "str | os.PathLike[str] | Any",
+        model: Any,
         *,
         tokenizer: Any = None,
         revision: str | None = None,
@@ -176,7 +215,7 @@ class LocalLanguageModel(LanguageModel):
         device: "str | torch.device | None" = None,
         device_map: Any = None,
         trust_remote_code: bool = False,
-        attention: str = PACKED_SDPA,
+        attention: str = ATTENTION,
         drafts: Drafts | None = None,
         chat_template: str | None = None,
         context_length: int | None = None,
@@ -230,10 +269,12 @@ class LocalLanguageModel(LanguageModel):
 
     @property
     def name(self) -> str:
+        """Hub id, folder or class of the model."""
         return self._name
 
     @property
     def device(self) -> str:
+        """Device of its work, as torch names it."""
         return self._device
 
     @property
@@ -248,6 +289,7 @@ class LocalLanguageModel(LanguageModel):
 
     @property
     def max_rows(self) -> int:
+        """Most replies at once, bounded by the memory that is free now."""
         free = _free_bytes(self._device)
         if free is None:
             return _MOST_ROWS
@@ -263,6 +305,7 @@ class LocalLanguageModel(LanguageModel):
 
     @property
     def max_candidates(self) -> int:
+        """Most candidates of a reply at once; fewer once memory has run out."""
         return self._most_candidates
 
     @cached_property
@@ -306,7 +349,7 @@ class LocalLanguageModel(LanguageModel):
     def _dtype(self) -> torch.dtype:
         """What the weights are in, where they are not quantised."""
         if self._given is not None:
-            return next(p.dtype for p in self._given.parameters() if p.is_floating_point())
+            return _dtype_of(self._given)
         if self._source.dtype != "auto":
             named = getattr(torch, self._source.dtype)
             assert isinstance(named, torch.dtype)
@@ -314,10 +357,13 @@ class LocalLanguageModel(LanguageModel):
         if self._device == "cpu" and self._device_map is None:
             return torch.float32
         own = getattr(self._config, "dtype", None) or torch.float32
-        return getattr(torch, own) if isinstance(own, str) else own
+        own = getattr(torch, own) if isinstance(own, str) else own
+        assert isinstance(own, torch.dtype)
+        return own
 
     @cached_property
     def fingerprint(self) -> str:
+        """Hash of weights, type, tokenizer and settings; large files are hashed by samples."""
         digest = hashlib.sha256()
         source = self._source
         for part in (source.revision, str(self._dtype), source.attention, self.vocabulary):
@@ -340,11 +386,13 @@ class LocalLanguageModel(LanguageModel):
 
     @cached_property
     def vocabulary(self) -> str:
+        """Hash of the tokenizer's ordinary tokens and of how it decodes them."""
         with self._tokenizer_lock:
             return vocabulary_of(self.tokenizer)
 
     @cached_property
     def context_length(self) -> int:
+        """Most tokens of prompt and reply together."""
         if self._given_context_length is not None:
             return self._given_context_length
         config = self._config.get_text_config()
@@ -355,6 +403,7 @@ class LocalLanguageModel(LanguageModel):
         return _UNLIMITED_CONTEXT
 
     def encode(self, chat: Chat, *, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """Return the token ids of a chat by its template; a last assistant message is continued."""
         open_end = bool(chat) and chat[-1].get("role") == "assistant"
         with self._tokenizer_lock:
             return encode_chat(
@@ -365,7 +414,13 @@ class LocalLanguageModel(LanguageModel):
                 tools=tools,
             )
 
+    def encode_text(self, text: str) -> list[int]:
+        """Return the token ids of a text by itself; control tokens in it are text."""
+        with self._tokenizer_lock:
+            return TextEncoder(self.tokenizer).encode([text])[0]
+
     def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids, without control tokens."""
         with self._tokenizer_lock:
             text: str = self.tokenizer.decode(
                 list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -373,6 +428,7 @@ class LocalLanguageModel(LanguageModel):
         return text
 
     def draw(self, requests: Sequence[Request]) -> list[list[Candidate]]:
+        """Return the candidates that are asked for."""
         drafting = self.drafting(requests)
         while True:
             try:
@@ -382,6 +438,7 @@ class LocalLanguageModel(LanguageModel):
                 return proposals
 
     def drafting(self, requests: Sequence[Request]) -> Drafting:
+        """Draft them in pieces: a chunk of a prompt or one token of every candidate each."""
         lanes: dict[str, list[int]] = {}
         for at, request in enumerate(requests):
             lanes.setdefault(request.prefix.lane, []).append(at)
@@ -393,11 +450,17 @@ class LocalLanguageModel(LanguageModel):
                 proposals[at] = candidates
         return proposals
 
+    def load(self) -> None:
+        """Load the weights and find out how candidates can be drafted."""
+        self._loaded()
+
     def release(self, prefix: Prefix) -> None:
+        """Free the row of a reply that has ended."""
         if self._drafter is not None:
             self._drafter.release(prefix)
 
     def unload(self) -> None:
+        """Free the weights, for all that share them, and everything computed."""
         self._drafter = None
         with _REGISTRY_LOCK:
             weights = _REGISTRY.pop(self._source, None)
@@ -409,6 +472,7 @@ class LocalLanguageModel(LanguageModel):
             torch.cuda.empty_cache()
 
     def round_seconds(self, num_rows: int, count: int, size: int) -> float:
+        """Return the time of a round, from forward passes measured when this is first asked."""
         drafter = self._loaded()
         if isinstance(drafter, RaggedDrafter):
             return self._seconds(num_rows) + (size - 1) * self._seconds(num_rows * count)
@@ -442,7 +506,7 @@ class LocalLanguageModel(LanguageModel):
             self._most_candidates = max(1, min(self._most_candidates, widest // 2))
             fewer = [replace(r, count=(r.count + 1) // 2) for r in requests]
             first = yield from _skipping(self._backing_off(fewer), shown)
-            places = [at for at in everywhere if requests[at].count > 1]
+            wide = [at for at in everywhere if requests[at].count > 1]
             rest = [
                 replace(
                     requests[at],
@@ -450,10 +514,10 @@ class LocalLanguageModel(LanguageModel):
                     count=requests[at].count - fewer[at].count,
                     streamed=False,
                 )
-                for at in places
+                for at in wide
             ]
             second = yield from self._backing_off(rest)
-            for at, candidates in zip(places, second, strict=True):
+            for at, candidates in zip(wide, second, strict=True):
                 first[at] = first[at] + candidates
             return first
         if len(requests) == 1:
@@ -472,17 +536,19 @@ class LocalLanguageModel(LanguageModel):
 
     def _loaded(self) -> Drafter:
         """Return the drafter; load the weights and choose it, if that has not been done."""
-        if self._drafter is None:
+        drafter = self._drafter
+        if drafter is None:
             weights = self._weights()
             with weights.lock:
-                if weights.model is None:
-                    weights.model = self._load()
-                self._drafter = self._choose(self._network(weights.model), weights)
-                weights.users.add(self)
-        return self._drafter
+                drafter = self._drafter
+                if drafter is None:
+                    if weights.model is None:
+                        weights.model = self._load()
+                    drafter = self._drafter = self._choose(self._network(weights.model), weights)
+                    weights.users.add(self)
+        return drafter
 
     def _load(self) -> Any:
-        register_attention()
         attention = self._source.attention
         config = self._config.get_text_config()
         if getattr(config, "attn_logit_softcapping", None) is not None:
@@ -497,13 +563,13 @@ class LocalLanguageModel(LanguageModel):
         arguments: dict[str, Any] = dict(self._settings)
         if self._device_map is not None:
             arguments["device_map"] = self._device_map
-        if attention != PACKED_SDPA:
+        if attention != ATTENTION:
             arguments["attn_implementation"] = attention
         dtype: Any = "auto" if self._source.dtype == "auto" and self._device_map else self._dtype
         _check_weights(self._name)
         model = self._read(AutoModelForCausalLM, dtype=dtype, use_safetensors=True, **arguments)
-        if attention == PACKED_SDPA and type(model)._supports_attention_backend:
-            model.set_attn_implementation(PACKED_SDPA)
+        if attention == ATTENTION and type(model)._supports_attention_backend:
+            model.set_attn_implementation(ATTENTION)
         quantised = getattr(model, "quantization_method", None) is not None
         if self._device_map is None and not quantised:
             model = model.to(self._device)
@@ -548,10 +614,10 @@ class LocalLanguageModel(LanguageModel):
         return Network(
             model=model,
             device=device,
-            dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()),
+            dtype=_dtype_of(model),
             num_layers=int(config.num_hidden_layers),
             windows=_windows(config) or {},
-            maskless=implementation in (PACKED_SDPA, "sdpa"),
+            maskless=implementation in (ATTENTION, "sdpa"),
             keeps="logits_to_keep" in accepted,
             context_length=self.context_length,
             ends=marks[0].to(device),
@@ -692,6 +758,12 @@ def _free_bytes(device: str) -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return None
+
+
+def _dtype_of(model: Any) -> torch.dtype:
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def _itemsize(dtype: torch.dtype) -> int:
