@@ -271,6 +271,21 @@ def divide(reward: Reward, divisor: float) -> Reward:
     return scale(reward, 1.0 / divisor)
 
 
+def at_most(reward: Reward, ceiling: float) -> Constraint:
+    """Return the constraint that a reward does not exceed a number.
+
+    Raises:
+        TypeError: `ceiling` is not a number.
+        ValueError: `ceiling` is not finite.
+    """
+    if isinstance(ceiling, Reward):
+        raise TypeError(
+            "`ceiling` must be a number, got a reward; to ask that one reward reaches another, "
+            "write `a - b >= 0`"
+        )
+    return Constraint(reward=scale(reward, -1.0), floor=-_number("ceiling", ceiling))
+
+
 def minimum(*rewards: Reward | float) -> Reward:
     """Return the reward that is the least of several: good only where all of them are.
 

@@ -233,7 +233,7 @@ class Reward(ABC):
     def __le__(self, ceiling: float) -> "Constraint":
         from langchain_stars.rewards import algebra
 
-        return algebra.Constraint(reward=algebra.scale(self, -1.0), floor=-ceiling)
+        return algebra.at_most(self, ceiling)
 
 
 class Leaf(Reward):

@@ -66,7 +66,9 @@ def _reward(name: str, settings: dict[str, Any]) -> SequenceReward:
         )
     known = _calibration(FOLDER / "calibration.json").get(name, {})
     numbers = {key: known.get(key) for key in ("target", "beta", "floor")}
-    return SequenceReward(folder, **{"name": name, **numbers, **settings, "labels": {_LABELS[name]: 1.0}})
+    return SequenceReward(
+        folder, **{"name": name, **numbers, **settings, "labels": {_LABELS[name]: 1.0}}
+    )
 
 
 @functools.cache

@@ -1138,6 +1138,7 @@ class _KeepingRunner(_Runner):
                 )
         outputs = [output for of_reading in self._packed.read(readings) for output in of_reading]
         for (index, place), output in zip(places, outputs, strict=True):
-            answers[index][place] = tuple(output.tolist())
+            if len(output) == self._num_labels:  # else there was nothing to read
+                answers[index][place] = tuple(output.tolist())
         self._warn(answers)
         return answers

@@ -98,7 +98,7 @@ def parse_constraint(text: str) -> Constraint:
 
 def _from_text(text: str) -> Reward:
     text = text.strip()
-    if text in _BUNDLED or _HUB_ID.fullmatch(text) or os.path.isdir(text):
+    if text in _BUNDLED or _is_model(text):
         return _named(text)
     if ">=" in text or "<=" in text:
         raise ValueError(f"the reward {text!r} is a constraint: give it in `constraints`")
@@ -106,7 +106,10 @@ def _from_text(text: str) -> Reward:
         tree = ast.parse(text, mode="eval")
     except SyntaxError:
         raise ValueError(_unknown(text)) from None
-    value = _evaluate(tree.body, text)
+    try:
+        value = _evaluate(tree.body, text)
+    except ZeroDivisionError:
+        raise ValueError(f"the reward {text!r} divides by 0") from None
     if not isinstance(value, Reward):
         raise ValueError(f"the reward {text!r} is only a number")
     return value
@@ -144,9 +147,16 @@ def _named(name: str) -> Reward:
 
         reward: Reward = getattr(bundled, name)()
         return reward
-    if _HUB_ID.fullmatch(name) or os.path.isdir(name):
+    if _is_model(name):
         return _model(name)
     raise ValueError(_unknown(name))
+
+
+def _is_model(name: str) -> bool:
+    """Return whether a name is a folder or has the form of a hub id (`safety/2` is a division)."""
+    return os.path.isdir(name) or (
+        _HUB_ID.fullmatch(name) is not None and name.split("/")[0] not in _BUNDLED
+    )
 
 
 def _model(name: str) -> Reward:

@@ -6,6 +6,7 @@ one row, each of which sees the row up to where its candidate leaves it, and its
 """
 
 import logging
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from langchain_stars.ragged_cache import RaggedCache, tree_mask
 _log = logging.getLogger(__name__)
 
 _LEAST_TOKENS = 16
+_MOST_SEEN = 1 << 24  # entries of a mask
 _ROW_STEPS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 
 
@@ -48,7 +50,7 @@ class Reading:
     Attributes:
         subject: The reply, compared by identity.
         lane: Replies of one lane are read together.
-        prompt_ids: The prompt, at least one token; always the same for a reply.
+        prompt_ids: The prompt; always the same for a reply.
         accepted_ids: What has been kept of the reply.
         candidates: The ids of each candidate, from the reply's first token on.
     """
@@ -83,8 +85,9 @@ class _Row:
 
     Attributes:
         index: Row of the buffers.
-        num_prompt: Tokens of the prompt; 0 until they have been read.
-        prompt_output: Output at the last token of the prompt that is no padding, [outputs].
+        num_prompt: Tokens of the prompt.
+        prompt_output: Output at the last token of the prompt that is no padding, [outputs]; None
+            where there is no prompt.
         ids: Tokens of the reply that fill the slots behind the prompt.
         outputs: Output at each of them.
         branches: Candidates whose slots have not been used again.
@@ -237,7 +240,8 @@ class PackedModel:
     def read(self, readings: Sequence[Reading]) -> list[list[Tensor]]:
         """Return, for each reading and candidate, the output at its last token, [outputs] in fp32.
 
-        That is the last one of prompt and candidate that is no padding, as in the plain model.
+        That is the last one of prompt and candidate that is no padding, as in the plain model;
+        a single NaN where there is no token at all.
         What fails leaves nothing behind of the replies of the call.
         """
         results: dict[int, list[Tensor]] = {}
@@ -251,15 +255,39 @@ class PackedModel:
                     chosen.setdefault(id(readings[index].subject), index)
             indices = list(chosen.values())
             pending = [index for index in pending if index not in set(indices)]
-            try:
-                results.update(
-                    zip(indices, self._read([readings[i] for i in indices]), strict=True)
-                )
-            except BaseException:
-                for index in indices:
-                    self.release(readings[index].subject)
-                raise
+            asked = [readings[index] for index in indices]
+            results.update(zip(indices, self._read_within_memory(asked), strict=True))
         return [results[index] for index in range(len(readings))]
+
+    def _read_within_memory(self, readings: Sequence[Reading]) -> list[list[Tensor]]:
+        """Read; where memory ends, forget everything else, and then read half of them at a time."""
+        others = self.num_rows - sum(self._has(reading) for reading in readings)
+        try:
+            return self._read(readings)
+        except BaseException as error:
+            for reading in readings:
+                self.release(reading.subject)
+            if not out_of_memory(error) or (len(readings) == 1 and others == 0):
+                raise
+        # Out here the failed pass and all that it held are gone.
+        self._backs_off()
+        self.clear()
+        half = (len(readings) + 1) // 2
+        if half == len(readings):
+            return self._read_within_memory(readings)
+        return [
+            *self._read_within_memory(readings[:half]),
+            *self._read_within_memory(readings[half:]),
+        ]
+
+    def _has(self, reading: Reading) -> bool:
+        lane = self._lanes.get(reading.lane)
+        return lane is not None and reading.subject in lane.of_subject
+
+    def _backs_off(self) -> None:
+        self.counters.backoffs += 1
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _read(self, readings: Sequence[Reading]) -> list[list[Tensor]]:
         lane = self._lanes.setdefault(readings[0].lane, _Lane(self._num_layers))
@@ -287,10 +315,10 @@ class PackedModel:
         row = lane.of_subject.get(reading.subject)
         prompt_ids: tuple[int, ...] = ()
         if row is None:
-            prompt_ids = tuple(reading.prompt_ids)
-            if not prompt_ids:
-                raise ValueError("a prompt must have at least one token")
             row = lane.add(reading.subject)
+            prompt_ids = tuple(reading.prompt_ids)
+            row.num_prompt = len(prompt_ids)
+        num_prompt = row.num_prompt
         candidates = [tuple(ids) for ids in reading.candidates]
         accepted = tuple(reading.accepted_ids)
         # With another tokenizer no candidate may begin with all the tokens of what was accepted:
@@ -299,7 +327,6 @@ class PackedModel:
         kept = accepted[:longest]
         num_known = self._keep(lane, row, kept)
         plan = _Plan(row=row, prompt_ids=prompt_ids, kept=kept, num_known=num_known)
-        num_prompt = row.num_prompt or len(prompt_ids)
         if prompt_ids:
             plan.runs.append(_Run(prompt_ids, 0, 0))
         if len(kept) > num_known:
@@ -355,9 +382,11 @@ class PackedModel:
         queries = {id(plan): self._queries(plan) for plan in pending}
         while pending:
             group = self._group(pending)
+            seen = len(group) * max(plan.end for plan in group)
             width = min(
                 max(plan.num_tokens - plan.num_done for plan in group),
                 max(self._max_tokens // len(group), 1),
+                max(_MOST_SEEN // seen, _LEAST_TOKENS),
             )
             try:
                 self._forward(lane, group, [queries[id(plan)] for plan in group], width)
@@ -367,11 +396,9 @@ class PackedModel:
             else:
                 pending = [plan for plan in pending if plan.num_done < plan.num_tokens]
                 continue
-            self.counters.backoffs += 1
             self._max_tokens = max(self._max_tokens // 2, _LEAST_TOKENS)
+            self._backs_off()
             _log.warning("out of memory: at most %d tokens at once from now on", self._max_tokens)
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
 
     def _group(self, pending: Sequence[_Plan]) -> list[_Plan]:
         """Return the plans of the next forward pass: adjacent rows of about the same width."""
@@ -450,31 +477,29 @@ class PackedModel:
 
         if plan.prompt_ids:
             of_prompt = take(len(plan.prompt_ids))
-            row.num_prompt = len(plan.prompt_ids)
             row.prompt_output = of_prompt[max(self._last(plan.prompt_ids), 0)].clone()
-            row.outputs = of_prompt[:0].clone()
-            self.counters.prompt_tokens += row.num_prompt
-        assert row.prompt_output is not None
-        assert row.outputs is not None
+            self.counters.prompt_tokens += len(plan.prompt_ids)
         if len(plan.kept) > plan.num_known:
             more = take(len(plan.kept) - plan.num_known)
-            row.outputs = torch.cat([row.outputs, more])
+            row.outputs = more if row.outputs is None else torch.cat([row.outputs, more])
             self.counters.refed_tokens += len(more)
         row.ids = plan.kept
         results = []
         for depth, own, slot in plan.branches:
-            of_branch = take(len(own)) if own else row.outputs[:0]
             if own:
+                of_branch = take(len(own))
                 row.branches.append(_Branch(depth, own, slot, of_branch))
                 self.counters.candidate_tokens += len(own)
-            at = self._last(own)
-            before = self._last(row.ids[:depth]) if at < 0 else -1
+            at, before = self._last(own), self._last(row.ids[:depth])
             if at >= 0:
                 results.append(of_branch[at])
             elif before >= 0:
+                assert row.outputs is not None
                 results.append(row.outputs[before])
-            else:
+            elif row.prompt_output is not None:
                 results.append(row.prompt_output)
+            else:
+                results.append(of_branch[0] if own else torch.tensor([math.nan]))
         return results
 
     def _last(self, ids: Sequence[int]) -> int:

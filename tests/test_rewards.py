@@ -1,0 +1,1472 @@
+import asyncio
+import gc
+import json
+import logging
+import math
+import random
+import threading
+import traceback
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+from langchain_stars import rewards
+from langchain_stars.ragged_cache import RaggedCache, tree_mask
+from langchain_stars.rewards import (
+    Completion,
+    Constraint,
+    Leaf,
+    Reward,
+    RewardError,
+    ScoreRequest,
+    SequenceClassifier,
+    SequenceReward,
+    Subject,
+    as_reward,
+    bundled,
+    classifiers,
+    maximum,
+    minimum,
+    packed,
+    parse_constraint,
+    resolve_constraint,
+    resolve_reward,
+)
+from langchain_stars.templates import TextEncoder, encode_chat, vocabulary_of
+
+TOLERANCE = 1e-5
+KEEPING = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt2", "opt")
+RECOMPUTING = ("bloom", "bert", "distilbert")
+TEXT = "the quick brown fox says hello bread flour sorry stars weather über 25 euros, dog! mañana"
+WORDS = f"{TEXT} estación clouds? of gas".split()
+
+
+def constant(value: float, name: str = "constant", **settings: Any) -> Leaf:
+    return as_reward(lambda completions, **_: [value] * len(completions), name=name, **settings)
+
+
+def request(
+    *texts: str, finished: bool = False, accepted: str = "", chat: Sequence[Any] | None = None
+) -> ScoreRequest:
+    return ScoreRequest(
+        subject=Subject(chat or [{"role": "user", "content": "Hello there"}]),
+        accepted=Completion(text=accepted, finished=False),
+        candidates=tuple(Completion(text=text, finished=finished) for text in texts),
+    )
+
+
+# The algebra
+
+
+def test_a_weighted_sum_is_kept_flat() -> None:
+    a, b = constant(1, "a"), constant(2, "b")
+    reward = 2 * (a + 0.5 * b - 1) - a
+    assert reward.name == "a + b - 2"
+    assert reward.leaves == (a, b)
+    assert reward.combine({a: 10.0, b: 4.0}) == 12.0
+    assert (a + a).name == "2 * a"
+    assert (a - a).leaves == ()
+    assert (-a).name == "-a"
+    assert (1 - a).name == "-a + 1"
+    assert (a + 0) is a
+    assert (a / 4).combine({a: 2.0}) == 0.5
+    assert sum([a, b]).combine({a: 1.0, b: 2.0}) == 3.0
+
+
+def test_minimum_and_maximum_pick_and_are_kept_flat() -> None:
+    a, b, c = constant(1, "a"), constant(2, "b"), constant(3, "c")
+    values = {a: 1.0, b: 2.0, c: 3.0}
+    assert minimum(a, minimum(b, c)).name == "minimum(a, b, c)"
+    assert minimum(a, b, c).combine(values) == 1.0
+    assert maximum(a, b, c).combine(values) == 3.0
+    assert minimum(c, 2.5).combine(values) == 2.5
+    assert minimum(a, a) is a
+    assert minimum(a, maximum(b, c)).leaves == (a, b, c)
+
+
+def random_tree(rng: random.Random, leaves: Sequence[Leaf], depth: int) -> Reward:
+    if depth == 0 or rng.random() < 0.2:
+        return rng.choice(leaves)
+    one = random_tree(rng, leaves, depth - 1)
+    other = random_tree(rng, leaves, depth - 1)
+    factor = rng.choice([-3.0, -1.0, -0.1, 0.0, 1 / 3, 1.0, 1e6])
+    return rng.choice(
+        [
+            lambda: one + other,
+            lambda: one - other,
+            lambda: factor * one + 0.7,
+            lambda: one / 3 - factor,
+            lambda: minimum(one, other),
+            lambda: maximum(one, other, factor),
+        ]
+    )()
+
+
+def random_leaves(rng: random.Random) -> list[Leaf]:
+    ranges = [(0.0, 1.0), (-2.5, 0.1), (-1e9, 1e-9), (0.0, math.inf), (-math.inf, math.inf)]
+    return [
+        constant(0.0, f"r{index}", range=rng.choice(ranges), target=0.5, beta=0.1)
+        for index in range(4)
+    ]
+
+
+def random_value(rng: random.Random, leaf: Leaf) -> float:
+    low, high = max(leaf.range[0], -1e6), min(leaf.range[1], 1e6)
+    return rng.choice([low, high, rng.uniform(low, high)])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bounds_hold_the_value_whatever_is_known(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(100):
+        leaves = random_leaves(rng)
+        reward = random_tree(rng, leaves, 4)
+        values = {leaf: random_value(rng, leaf) for leaf in leaves}
+        value = reward.combine(values)
+        known: dict[Leaf, float] = {}
+        width = math.inf
+        for leaf in rng.sample(leaves, len(leaves)):
+            low, high = reward.bounds(known)
+            assert low <= value <= high
+            assert high - low <= width or math.isnan(high - low)
+            width = high - low
+            known[leaf] = values[leaf]
+        assert reward.bounds(known) == (value, value)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_combination_is_what_its_arithmetic_says(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(100):
+        leaves = random_leaves(rng)
+        a, b = (random_tree(rng, leaves, 3) for _ in range(2))
+        values = {leaf: rng.uniform(-2, 2) for leaf in leaves}
+        of_a, of_b = a.combine(values), b.combine(values)
+
+        def equals(reward: Reward, value: float, values: Any = values) -> bool:
+            return reward.combine(values) == pytest.approx(value, rel=1e-9, abs=1e-6)
+
+        assert equals(a + b, of_a + of_b)
+        assert equals(b + a, of_a + of_b)
+        assert equals(3 * a - b / 2, 3 * of_a - of_b / 2)
+        assert equals(minimum(a, b), min(of_a, of_b))
+        assert equals(maximum(a, b), max(of_a, of_b))
+        assert equals(-maximum(-a, -b), min(of_a, of_b))
+
+
+def test_what_is_not_a_number_is_never_lost() -> None:
+    a, b = constant(1, "a"), constant(2, "b")
+    for values in ({a: math.nan, b: 1.0}, {a: 1.0, b: math.nan}):
+        for reward in (a + b, minimum(a, b), maximum(a, b), minimum(a + b, 0.0)):
+            assert math.isnan(reward.combine(values))
+            assert all(math.isnan(bound) for bound in reward.bounds(values))
+            assert not (reward >= -1e9).holds(reward.combine(values))
+
+
+def test_target_and_beta_follow_where_all_parts_know_theirs() -> None:
+    a = constant(1, "a", target=0.8, beta=0.3)
+    b = constant(2, "b", target=0.5, beta=0.4)
+    unknown = constant(3, "c")
+    assert (a + b).target == pytest.approx(1.3)
+    assert (a + b).beta == pytest.approx(0.5)
+    assert (2 * a - 1).target == pytest.approx(0.6)
+    assert (2 * a - 1).beta == pytest.approx(0.6)
+    assert minimum(a, b).target == 0.5
+    assert minimum(a, b).beta == 0.3
+    assert maximum(a, b, 0.9).target == 0.9
+    assert maximum(a, b, 0.9).beta == 0.3
+    assert (-a).target is None
+    for reward in (a + unknown, minimum(a, unknown), maximum(unknown, a)):
+        assert reward.target is None
+        assert reward.beta is None
+
+
+@pytest.mark.parametrize(
+    ("write", "error", "message"),
+    [
+        (lambda a: a * a, TypeError, "cannot be multiplied"),
+        (lambda a: a + "b", TypeError, "`summand` must be a number or a reward, got str"),
+        (lambda a: a + len, TypeError, "as_reward"),
+        (lambda a: a * True, TypeError, "got bool"),
+        (lambda a: math.nan * a, ValueError, "`factor` must be finite, got nan"),
+        (lambda a: a + math.inf, ValueError, "`summand` must be finite, got inf"),
+        (lambda a: a / 0, ValueError, "`divisor` must not be 0"),
+        (lambda a: a / a, TypeError, "cannot be divided"),
+        (lambda a: a >= a, TypeError, "a - b >= 0"),
+        (lambda a: a >= math.nan, ValueError, "`floor` must be finite, got nan"),
+        (lambda a: a >= True, TypeError, "got bool"),
+        (lambda a: a <= "0.5", TypeError, "must be a number"),
+        (lambda a: minimum(), TypeError, "at least one reward"),
+        (lambda a: minimum(1.0, 2.0), TypeError, "at least one reward"),
+        (lambda a: maximum(a, None), TypeError, "got NoneType"),
+        (lambda a: bool(0.2 <= a <= 0.8), TypeError, "two constraints"),
+        (lambda a: 1e300 * (1e300 * a), ValueError, "too large"),
+        (lambda a: Constraint(reward=0.5, floor=a), TypeError, "`reward` must be a reward"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    write: Callable[[Leaf], Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        write(constant(1.0))
+
+
+def test_a_constraint_says_what_it_asks() -> None:
+    a, b = constant(1, "safe"), constant(2, "toxic")
+    assert (a >= 0.8).name == "safe >= 0.8"
+    assert (b <= 0.2).name == "toxic <= 0.2"
+    assert (0.8 <= a) == (a >= 0.8)  # noqa: SIM300 - written the other way round
+    assert (a + b >= 1).name == "safe + toxic >= 1"
+    assert (a - b >= 0).name == "safe - toxic >= 0"
+    assert (a >= 0.8).holds(0.8)
+    assert not (a >= 0.8).holds(math.nextafter(0.8, 0))
+    assert not (a >= 0.8).holds(math.nan)
+    assert (b <= 0.2).holds((-b).combine({b: 0.2}))
+    assert (a >= 0.8) == (a >= 0.8)
+    assert (a >= 0.8).fingerprint != (a >= 0.81).fingerprint
+
+
+def test_identities_are_json_and_tell_rewards_apart() -> None:
+    a, b = constant(1, "a", version="1"), constant(2, "b", version="1")
+    written = [a, b, 2 * a, a + b, a + b + 1, minimum(a, b), maximum(a, b), minimum(a, 1), -a]
+    assert len({reward.fingerprint for reward in written}) == len(written)
+    for reward in written:
+        json.dumps(reward.identity, allow_nan=False)
+
+
+# Functions
+
+
+def test_a_function_is_called_in_the_convention_of_trl() -> None:
+    seen: dict[str, Any] = {}
+
+    def judge(prompts: Any, completions: Any, completion_ids: Any, **kwargs: Any) -> list[float]:
+        seen.update(prompts=prompts, completions=completions, ids=completion_ids, rest=kwargs)
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    asked = ScoreRequest(
+        subject=Subject(chat),
+        accepted=Completion(text="", finished=False),
+        candidates=(
+            Completion(text="one", finished=True, token_ids=(5, 6)),
+            Completion(text="three", finished=False),
+        ),
+    )
+    assert as_reward(judge).scorer.score([asked]) == [[(3.0,), (5.0,)]]
+    assert seen["prompts"] == [chat, chat]
+    assert seen["completions"] == [
+        [{"role": "assistant", "content": "one"}],
+        [{"role": "assistant", "content": "three"}],
+    ]
+    assert seen["ids"] == [[5, 6], []]
+    assert seen["rest"] == {"finished": [True, False]}
+
+
+def test_a_function_is_given_only_what_it_names() -> None:
+    class Judge:
+        def __call__(self, completions: Any, finished: Any, weight: float = 2.0) -> list[float]:
+            return [weight * end for end in finished]
+
+    [answers] = as_reward(Judge()).scorer.score([request("a", "b", finished=True)])
+    assert answers == [(2.0,), (2.0,)]
+    assert as_reward(Judge()).name == "Judge"
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda prompts: [], "accept `completions`"),
+        (lambda completions, solution, **_: [], "it wants solution"),
+        (lambda completions, /: [], "it wants completions"),
+        ("safety", "must be callable, got str"),
+    ],
+)
+def test_a_function_of_another_convention_is_refused(function: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        as_reward(function)
+
+
+def test_what_a_function_does_to_its_arguments_changes_nothing() -> None:
+    def vandal(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        for prompt in prompts:
+            prompt[0]["content"].clear()
+        return [0.0 for _ in completions]
+
+    asked = request("a", "b", chat=[{"role": "user", "content": [{"type": "text", "text": "x"}]}])
+    as_reward(vandal).scorer.score([asked])
+    assert asked.subject.chat[0]["content"] == [{"type": "text", "text": "x"}]
+
+
+@pytest.mark.parametrize(
+    "answer", [[0.5, 2], (0.5, 2), torch.tensor([0.5, 2]), [torch.tensor(0.5), torch.tensor(2)]]
+)
+def test_lists_tuples_and_tensors_are_numbers(answer: Any) -> None:
+    assert as_reward(lambda **_: answer).scorer.score([request("a", "b")]) == [[(0.5,), (2.0,)]]
+
+
+def test_what_is_no_finite_number_rejects_its_candidate_alone() -> None:
+    reward = as_reward(lambda **_: [1.0, None, math.nan, math.inf, -math.inf, True])
+    [answers] = reward.scorer.score([request(*"abcdef")])
+    assert [math.isnan(value) for (value,) in answers] == [False, True, True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([1.0], "returned 1 rewards for 2 completions"),
+        ([1.0, 2.0, 3.0], "returned 3 rewards for 2 completions"),
+        ([], "returned 0 rewards for 2 completions"),
+        (None, "returned NoneType"),
+        ("ab", "returned str"),
+        ({"a": 1}, "returned dict"),
+        (1.0, "returned float"),
+        (torch.tensor(1.0), "returned a single number"),
+        (torch.ones(2, 2), "with list in it"),
+        (["1.0", 2.0], "with str in it"),
+    ],
+)
+def test_what_is_no_list_of_rewards_fails_with_counts_and_types_only(
+    answer: Any, message: str
+) -> None:
+    with pytest.raises(RewardError, match=message):
+        as_reward(lambda **_: answer).scorer.score([request("a", "b")])
+
+
+def test_the_error_of_a_failing_function_holds_nothing_of_what_was_judged() -> None:
+    def failing(completions: Any, **_: Any) -> list[float]:
+        raise KeyError(completions[0][0]["content"])
+
+    with pytest.raises(RewardError, match="'failing': raised KeyError") as caught:
+        as_reward(failing).scorer.score([request("a secret")])
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+    assert "secret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_an_asynchronous_function_runs_in_a_loop_that_lasts() -> None:
+    loops = []
+
+    async def judge(completions: Any, **_: Any) -> list[float]:
+        loops.append(asyncio.get_running_loop())
+        await asyncio.sleep(0)
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    reward = as_reward(judge)
+    answers: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(reward.scorer.score([request("abc")])))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [[[(3.0,)]]] * 4
+    assert len(set(loops)) == 1
+    reward.scorer.unload()
+    assert reward.scorer.score([request("ab")]) == [[(2.0,)]]
+    assert loops[-1] is not loops[0]
+    reward.scorer.unload()
+
+
+async def test_an_asynchronous_function_may_be_asked_from_a_running_loop() -> None:
+    async def judge(completions: Any) -> list[float]:
+        return [1.0 for _ in completions]
+
+    reward = as_reward(judge)
+    assert reward.scorer.score([request("a")]) == [[(1.0,)]]
+    reward.scorer.unload()
+
+
+def test_without_a_version_a_function_equals_no_other() -> None:
+    def judge(completions: Any) -> list[float]:
+        return []
+
+    one, other = as_reward(judge), as_reward(judge)
+    assert one.fingerprint != other.fingerprint
+    assert one.fingerprint == one.fingerprint
+    assert not one.versioned
+    assert not (1 + 2 * one).versioned
+    assert as_reward(judge, version="1").fingerprint == as_reward(judge, version="1").fingerprint
+    assert as_reward(judge, version="1").fingerprint != as_reward(judge, version="2").fingerprint
+    assert as_reward(judge, version="1").versioned
+
+
+def test_a_value_out_of_the_promised_range_rejects() -> None:
+    reward = constant(0.0, range=(0.0, 1.0))
+    assert reward.read((0.5,)) == 0.5
+    assert reward.read((1.0 + 1e-9,)) == 1.0
+    assert math.isnan(reward.read((1.01,)))
+    assert math.isnan(reward.read((math.nan,)))
+    assert reward.bounds({}) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="`range` must be two numbers in order"):
+        constant(0.0, range=(1.0, 0.0))
+    with pytest.raises(ValueError, match="`beta` must be at least 0, got -1"):
+        constant(0.0, beta=-1)
+
+
+# What a user writes
+
+
+def test_rewards_are_understood_as_they_are_written(
+    reward_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[str, Reward] = {name: constant(1.0, name) for name in bundled.NAMES}
+    for name, reward in made.items():
+        monkeypatch.setattr(bundled, name, lambda reward=reward: reward)
+    assert resolve_reward("safety") is made["safety"]
+    assert resolve_reward(made["safety"]) is made["safety"]
+    written = resolve_reward("helpfulness + 0.5 * sentiment - 1/4")
+    assert written.name == "helpfulness + 0.5 * sentiment - 0.25"
+    assert resolve_reward("minimum(safety, -sentiment)").name == "minimum(safety, -sentiment)"
+    assert resolve_reward("safety/2").name == "0.5 * safety"
+    assert resolve_reward(f"safety + 2 * {str(reward_folder)!r}").leaves[1].scorer.on_device
+    assert resolve_reward(reward_folder) == resolve_reward(str(reward_folder))
+    assert resolve_reward("some-org/some-model").name == "some-model"
+    assert isinstance(resolve_reward(lambda completions: []), Leaf)
+    assert parse_constraint("safety >= 0.8") == (made["safety"] >= 0.8)
+    assert parse_constraint("sentiment<=0.5").name == "sentiment <= 0.5"
+    assert parse_constraint("safety - sentiment >= -0.1").name == "safety - sentiment >= -0.1"
+    assert resolve_constraint(made["safety"] >= 0.5).floor == 0.5
+    floored = constant(1.0, "floored", floor=0.7)
+    monkeypatch.setattr(bundled, "safety", lambda: floored)
+    assert parse_constraint("safety") == (floored >= 0.7)
+
+
+@pytest.mark.parametrize(
+    ("resolve", "written", "error", "message"),
+    [
+        (resolve_reward, "safe", ValueError, "none of safety, helpfulness, sentiment"),
+        (resolve_reward, "1 + 2", ValueError, "only a number"),
+        (resolve_reward, "1 / 0", ValueError, "divides by 0"),
+        (resolve_reward, "safety >= 1", ValueError, "give it in `constraints`"),
+        (resolve_reward, "__import__('os')", ValueError, "none of safety"),
+        (resolve_reward, "().__class__", ValueError, "none of safety"),
+        (resolve_reward, "(", ValueError, "none of safety"),
+        (resolve_reward, 3, TypeError, "got int"),
+        (resolve_reward, None, TypeError, "got NoneType"),
+        (resolve_reward, dict, TypeError, "got type"),
+        (resolve_reward, constant(1, "a") >= 1, TypeError, "the constraint a >= 1"),
+        (resolve_constraint, constant(1, "a"), TypeError, "write `reward >= floor`"),
+        (resolve_constraint, 0.5, TypeError, "got float"),
+        (parse_constraint, "safety >= high", ValueError, "must compare a reward with a number"),
+        (parse_constraint, "nothing >= 1", ValueError, "none of safety"),
+        (parse_constraint, "org/model", ValueError, "names no floor"),
+    ],
+)
+def test_what_cannot_be_understood_is_refused(
+    resolve: Callable[[Any], Any], written: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        resolve(written)
+
+
+def test_rewards_that_run_models_are_imported_when_they_are_named() -> None:
+    assert rewards.SequenceReward is classifiers.SequenceReward
+    assert rewards.safety is bundled.safety
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = rewards.nothing
+
+
+def test_missing_bundled_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundled, "FOLDER", tmp_path)
+    for name in bundled.NAMES:
+        with pytest.raises(FileNotFoundError, match=f"'{name}' needs the bundled weights"):
+            getattr(bundled, name)()
+
+
+def test_bundled_rewards_bring_what_was_calibrated_and_share_one_scorer(
+    make_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = make_folder(
+        "llama",
+        num_labels=3,
+        id2label={0: "safe", 1: "helpful", 2: "positive"},
+        label2id={"safe": 0, "helpful": 1, "positive": 2},
+        problem_type="multi_label_classification",
+    )
+    (tmp_path / "rewards").symlink_to(trunk)
+    numbers = {"target": 0.9, "beta": 0.05, "floor": 0.6}
+    (tmp_path / "calibration.json").write_text(json.dumps({"rewards": {"safety": numbers}}))
+    monkeypatch.setattr(bundled, "FOLDER", tmp_path)
+    safety, helpfulness, sentiment = (getattr(bundled, name)() for name in bundled.NAMES)
+    assert (safety.target, safety.beta, safety.floor) == (0.9, 0.05, 0.6)
+    assert (helpfulness.target, helpfulness.beta, helpfulness.floor) == (None, None, None)
+    assert safety.scorer is helpfulness.scorer is sentiment.scorer
+    assert (safety + helpfulness + safety).leaves == (safety, helpfulness)
+    assert bundled.safety(target=0.5).target == 0.5
+    [[raw]] = safety.scorer.score([request("Hello")])
+    for index, reward in enumerate((safety, helpfulness, sentiment)):
+        assert reward.read(raw) == pytest.approx(torch.tensor(raw).sigmoid()[index].item())
+        assert reward.range == (0.0, 1.0)
+
+
+# Classifiers: what is written
+
+
+class Twin:
+    """The plain model on whole texts, one at a time: slow, and what everything must agree with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def ids(self, subject: Subject, completion: Completion) -> list[int]:
+        chat = [dict(message) for message in subject.chat]
+        prompt = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        ids = completion.token_ids
+        if ids is None or subject.vocabulary != vocabulary_of(self.tokenizer):
+            ids = self.tokenizer(completion.text, add_special_tokens=False)["input_ids"]
+        end = [self.tokenizer.eos_token_id] if completion.finished else []
+        return [*prompt, *ids, *end]
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int], **inputs: Any) -> torch.Tensor:
+        return self.model(torch.tensor([list(ids)]), **inputs).logits[0]
+
+
+def worst_difference(twin: Twin, asked: Sequence[ScoreRequest], answers: Any) -> float:
+    return max(
+        (twin.logits(twin.ids(request.subject, candidate)) - torch.tensor(raw)).abs().max().item()
+        for request, of_request in zip(asked, answers, strict=True)
+        for candidate, raw in zip(request.candidates, of_request, strict=True)
+    )
+
+
+class Replies:
+    """Some replies in progress, with candidates drawn from a few words."""
+
+    def __init__(
+        self, tokenizer: Any, count: int, *, seed: int = 0, lanes: Sequence[str] = ("one",)
+    ) -> None:
+        self.rng = random.Random(seed)
+        self.tokenizer = tokenizer
+        vocabulary = vocabulary_of(tokenizer)
+        self.subjects = [
+            Subject(
+                [{"role": "user", "content": " ".join(self.rng.choices(WORDS, k=1 + 7 * index))}],
+                vocabulary=vocabulary,
+                lane=lanes[index % len(lanes)],
+            )
+            for index in range(count)
+        ]
+        self.accepted: list[tuple[int, ...]] = [() for _ in self.subjects]
+
+    def completion(self, ids: Sequence[int], finished: bool = False) -> Completion:
+        return Completion(text=self.tokenizer.decode(ids), finished=finished, token_ids=tuple(ids))
+
+    def drawn(self, index: int) -> tuple[int, ...]:
+        # Cut at an arbitrary token, so that words and their tokens are open at the end.
+        text = " " + " ".join(self.rng.choices(WORDS, k=3))
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        while True:
+            size = self.rng.randint(1, 6)
+            whole = (*self.accepted[index], *ids[:size])
+            if not self.tokenizer.decode(whole).endswith("\ufffd"):
+                return whole
+
+    def request(self, index: int, count: int = 3) -> ScoreRequest:
+        return ScoreRequest(
+            subject=self.subjects[index],
+            accepted=self.completion(self.accepted[index]),
+            candidates=tuple(
+                self.completion(self.drawn(index), finished=number == 1) for number in range(count)
+            ),
+        )
+
+    def requests(self) -> list[ScoreRequest]:
+        return [self.request(index) for index in range(len(self.subjects))]
+
+    def choose(self, asked: Sequence[ScoreRequest]) -> None:
+        """Keep an open candidate of some, nothing of others, and take back from a few."""
+        for index, request in enumerate(asked):
+            kept = self.accepted[index]
+            chance = self.rng.random()
+            if chance < 0.6:
+                self.accepted[index] = request.candidates[self.rng.choice([0, 2])].token_ids or ()
+            elif chance < 0.75:
+                self.accepted[index] = kept[: self.rng.randint(0, len(kept))]
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["same_tokenizer", "other_tokenizer"])
+@pytest.mark.parametrize("family", KEEPING)
+def test_packed_scores_equal_plain_ones(
+    family: str, other: bool, make_folder: Callable[..., Path], tokenizer: Any
+) -> None:
+    folder = make_folder(family, num_labels=2, other=other, seed=3)
+    scorer, twin = SequenceClassifier(folder), Twin(folder)
+    replies = Replies(tokenizer, 4)
+    seen = []
+    for _ in range(8):
+        asked = replies.requests()
+        answers = scorer.score(asked)
+        assert worst_difference(twin, asked, answers) < TOLERANCE
+        seen += [raw for of_request in answers for raw in of_request]
+        replies.choose(asked)
+    assert scorer.counters.forwards > 0
+    # The model tells these texts apart, by far more than the tolerance.
+    assert torch.tensor(seen).std(dim=0).min() > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", RECOMPUTING)
+def test_recomputed_scores_equal_plain_ones(
+    family: str, make_folder: Callable[..., Path], tokenizer: Any
+) -> None:
+    folder = make_folder(family, num_labels=2, seed=3)
+    scorer, twin = SequenceClassifier(folder), Twin(folder)
+    replies = Replies(tokenizer, 3)
+    for _ in range(2):
+        asked = replies.requests()
+        assert worst_difference(twin, asked, scorer.score(asked)) < TOLERANCE
+        replies.choose(asked)
+
+
+@pytest.fixture
+def keeping(reward_folder: Path) -> SequenceClassifier:
+    """A scorer of its own of the one-label Llama."""
+    scorer = SequenceClassifier(reward_folder)
+    scorer.load()
+    return scorer
+
+
+def packed_of(scorer: SequenceClassifier) -> packed.PackedModel:
+    runner = scorer._runner
+    assert isinstance(runner, classifiers._KeepingRunner)
+    return runner._packed
+
+
+def test_each_token_is_read_once(keeping: SequenceClassifier, tokenizer: Any) -> None:
+    replies = Replies(tokenizer, 3)
+    prompts = candidates = 0
+    for subject in replies.subjects:
+        prompts += len(encode_chat(tokenizer, subject.chat))
+    for _ in range(5):
+        asked = replies.requests()
+        keeping.score(asked)
+        for index, request in enumerate(asked):
+            for candidate in request.candidates:
+                candidates += len(candidate.token_ids or ()) - len(replies.accepted[index])
+                candidates += candidate.finished  # the token that closes it
+            replies.accepted[index] = request.candidates[2].token_ids or ()
+    counters = keeping.counters
+    assert counters.prompt_tokens == prompts
+    assert counters.candidate_tokens == candidates
+    assert counters.refed_tokens == 0
+
+
+def test_with_another_tokenizer_few_tokens_are_read_twice(
+    make_folder: Callable[..., Path], tokenizer: Any, other_tokenizer: Any
+) -> None:
+    scorer = SequenceClassifier(make_folder("llama", num_labels=1, other=True))
+    replies = Replies(tokenizer, 1)
+    for _ in range(30):
+        asked = replies.request(0, count=1)
+        scorer.score([asked])
+        replies.accepted[0] = asked.candidates[0].token_ids or ()
+    text = tokenizer.decode(replies.accepted[0])
+    once = len(other_tokenizer(text, add_special_tokens=False)["input_ids"])
+    counters = scorer.counters
+    assert counters.candidate_tokens + counters.refed_tokens <= 1.2 * once
+    assert counters.refed_tokens == 0
+
+
+def test_the_reward_of_the_prompt_reads_the_prompt_once(
+    keeping: SequenceClassifier, tokenizer: Any, reward_folder: Path
+) -> None:
+    replies = Replies(tokenizer, 1)
+    empty = replies.completion(())
+    asked = ScoreRequest(subject=replies.subjects[0], accepted=empty, candidates=(empty,))
+    twin = Twin(reward_folder)
+    for _ in range(2):
+        assert worst_difference(twin, [asked], keeping.score([asked])) < TOLERANCE
+    assert keeping.counters.forwards == 1
+    assert keeping.counters.candidate_tokens == 0
+    first = replies.request(0)
+    assert worst_difference(twin, [first], keeping.score([first])) < TOLERANCE
+    assert keeping.counters.prompt_tokens == len(encode_chat(tokenizer, asked.subject.chat))
+
+
+def test_candidates_may_be_judged_in_waves(
+    keeping: SequenceClassifier, tokenizer: Any, reward_folder: Path
+) -> None:
+    replies, twin = Replies(tokenizer, 2), Twin(reward_folder)
+    for _ in range(3):
+        asked = replies.requests()
+        for place in range(3):
+            wave = [
+                ScoreRequest(
+                    subject=request.subject,
+                    accepted=request.accepted,
+                    candidates=request.candidates[place : place + 1],
+                )
+                for request in asked
+            ]
+            assert worst_difference(twin, wave, keeping.score(wave)) < TOLERANCE
+        for index, request in enumerate(asked):  # that of the first wave
+            replies.accepted[index] = request.candidates[0].token_ids or ()
+    assert keeping.counters.refed_tokens == 0
+
+
+def test_an_attempt_whose_tokens_are_gone_is_read_again_and_counted(
+    keeping: SequenceClassifier, tokenizer: Any, reward_folder: Path
+) -> None:
+    replies, twin = Replies(tokenizer, 1), Twin(reward_folder)
+    first = replies.request(0)
+    keeping.score([first])
+    for _ in range(20):
+        keeping.score([replies.request(0)])
+    kept = first.candidates[0].token_ids or ()
+    replies.accepted[0] = kept
+    asked = replies.request(0)
+    assert worst_difference(twin, [asked], keeping.score([asked])) < TOLERANCE
+    assert keeping.counters.refed_tokens == len(kept)
+
+
+def test_a_stop_string_may_cut_a_candidate_back_into_what_was_accepted(
+    keeping: SequenceClassifier, tokenizer: Any, reward_folder: Path
+) -> None:
+    replies, twin = Replies(tokenizer, 1), Twin(reward_folder)
+    replies.accepted[0] = tuple(tokenizer(" the quick brown fox")["input_ids"])
+    accepted = replies.completion(replies.accepted[0])
+    asked = ScoreRequest(
+        subject=replies.subjects[0],
+        accepted=accepted,
+        candidates=(
+            Completion(text=" the qui", finished=True),
+            replies.completion(replies.drawn(0)),
+            Completion(text="", finished=True),
+            replies.completion(replies.accepted[0][:2]),
+        ),
+    )
+    for _ in range(2):
+        assert worst_difference(twin, [asked], keeping.score([asked])) < TOLERANCE
+
+
+def test_a_score_does_not_depend_on_who_is_judged_with_it(
+    keeping: SequenceClassifier, tokenizer: Any, reward_folder: Path
+) -> None:
+    together = Replies(tokenizer, 5, lanes=("one", "two"))
+    alone = SequenceClassifier(reward_folder)
+    for _ in range(4):
+        asked = together.requests()
+        answers = keeping.score(asked)
+        # A request is judged in one call or in several, in any order.
+        for request, of_request in reversed(list(zip(asked, answers, strict=True))):
+            for raw, by_itself in zip(of_request, alone.score([request])[0], strict=True):
+                assert raw == pytest.approx(by_itself, abs=TOLERANCE)
+        together.choose(asked)
+    assert keeping.counters.prompt_tokens == alone.counters.prompt_tokens
+
+
+def test_one_reply_may_be_asked_for_twice_in_a_call(
+    keeping: SequenceClassifier, tokenizer: Any, reward_folder: Path
+) -> None:
+    replies = Replies(tokenizer, 2)
+    asked = [replies.request(0), replies.request(1), replies.request(0)]
+    assert worst_difference(Twin(reward_folder), asked, keeping.score(asked)) < TOLERANCE
+    assert packed_of(keeping).num_rows == 2
+
+
+def test_a_released_reply_frees_its_row_and_leaves_the_others_as_they_are(
+    keeping: SequenceClassifier, tokenizer: Any, reward_folder: Path
+) -> None:
+    replies, twin = Replies(tokenizer, 4, lanes=("one", "two")), Twin(reward_folder)
+    asked = replies.requests()
+    keeping.score(asked)
+    for index, request in enumerate(asked):
+        replies.accepted[index] = request.candidates[0].token_ids or ()
+    keeping.release(replies.subjects[0])
+    keeping.release(replies.subjects[0])
+    assert packed_of(keeping).num_rows == 3
+    prompt_tokens = keeping.counters.prompt_tokens
+    asked = [replies.request(index) for index in (3, 1, 2)]
+    assert worst_difference(twin, asked, keeping.score(asked)) < TOLERANCE
+    assert keeping.counters.prompt_tokens == prompt_tokens
+    assert keeping.counters.refed_tokens == 0
+    for subject in replies.subjects:
+        keeping.release(subject)
+    assert packed_of(keeping).num_rows == 0
+    assert packed_of(keeping).num_bytes == 0
+
+
+def test_a_reply_that_is_gone_without_release_frees_its_row(
+    keeping: SequenceClassifier, tokenizer: Any
+) -> None:
+    replies = Replies(tokenizer, 2)
+    keeping.score(replies.requests())
+    gone = weakref.ref(replies.subjects.pop())
+    replies.accepted.pop()
+    gc.collect()
+    assert gone() is None
+    keeping.score(replies.requests())
+    assert packed_of(keeping).num_rows == 1
+
+
+def test_buffers_do_not_grow_with_rounds(keeping: SequenceClassifier, tokenizer: Any) -> None:
+    replies = Replies(tokenizer, 2)
+    sizes = []
+    for _ in range(60):
+        keeping.score(replies.requests())
+        sizes.append(packed_of(keeping).num_bytes)
+    assert sizes[-1] == sizes[5]
+
+
+def test_where_memory_ends_less_is_read_at_once(
+    keeping: SequenceClassifier, tokenizer: Any, reward_folder: Path, monkeypatch: Any
+) -> None:
+    replies, twin = Replies(tokenizer, 4), Twin(reward_folder)
+    body = packed_of(keeping)._body
+
+    def small(**inputs: Any) -> Any:
+        if inputs["input_ids"].numel() > 20:
+            raise torch.OutOfMemoryError("out of memory")
+        return body(**inputs)
+
+    monkeypatch.setattr(packed_of(keeping), "_body", small)
+    for _ in range(3):
+        asked = replies.requests()
+        assert worst_difference(twin, asked, keeping.score(asked)) < TOLERANCE
+        replies.choose(asked)
+    assert keeping.counters.backoffs > 0
+
+
+def test_where_buffers_cannot_grow_the_rows_take_turns(
+    keeping: SequenceClassifier, tokenizer: Any, reward_folder: Path, monkeypatch: Any
+) -> None:
+    replies, twin = Replies(tokenizer, 4), Twin(reward_folder)
+    resize = RaggedCache.resize
+
+    def small(cache: RaggedCache, num_rows: int, num_slots: int) -> None:
+        if num_rows > 1:
+            raise MemoryError
+        resize(cache, num_rows, num_slots)
+
+    monkeypatch.setattr(RaggedCache, "resize", small)
+    for _ in range(2):
+        asked = replies.requests()
+        assert worst_difference(twin, asked, keeping.score(asked)) < TOLERANCE
+        replies.choose(asked)
+    assert keeping.counters.backoffs > 0
+
+
+def test_a_reply_too_large_for_the_memory_fails_alone(
+    keeping: SequenceClassifier, tokenizer: Any, reward_folder: Path, monkeypatch: Any
+) -> None:
+    replies, twin = Replies(tokenizer, 2), Twin(reward_folder)
+    asked = replies.requests()
+    keeping.score(asked[:1])
+
+    def broken(**inputs: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packed_of(keeping), "_body", broken)
+        with pytest.raises(torch.OutOfMemoryError):
+            keeping.score(asked)
+    assert packed_of(keeping).num_rows == 0
+    assert worst_difference(twin, asked, keeping.score(asked)) < TOLERANCE
+
+
+def test_padding_at_the_end_of_a_text_is_passed_over_as_in_the_plain_model(
+    make_folder: Callable[..., Path], tokenizer: Any
+) -> None:
+    ordinary = tokenizer(" the")["input_ids"][0]
+    folder = make_folder("llama", num_labels=1, seed=5, pad_token_id=ordinary)
+    scorer, twin, replies = SequenceClassifier(folder), Twin(folder), Replies(tokenizer, 1)
+    fox = tuple(tokenizer(" fox")["input_ids"])
+    for accepted in ((), fox, (*fox, ordinary)):
+        asked = ScoreRequest(
+            subject=replies.subjects[0],
+            accepted=replies.completion(accepted),
+            candidates=tuple(
+                replies.completion((*accepted, *more))
+                for more in ((), (ordinary,), (*fox, ordinary, ordinary), (ordinary, *fox))
+            ),
+        )
+        assert worst_difference(twin, [asked], scorer.score([asked])) < TOLERANCE
+
+
+def test_a_family_that_fails_the_check_recomputes_with_a_warning(
+    make_folder: Callable[..., Path],
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = make_folder("llama", num_labels=1, seed=7)
+
+    def blind(depth: Any, start: Any, slot: Any, **settings: Any) -> torch.Tensor:
+        return tree_mask(depth * 0, start, slot, **settings)
+
+    monkeypatch.setattr(packed, "tree_mask", blind)
+    scorer, replies = SequenceClassifier(folder), Replies(tokenizer, 2)
+    with caplog.at_level(logging.WARNING):
+        asked = replies.requests()
+        assert worst_difference(Twin(folder), asked, scorer.score(asked)) < TOLERANCE
+    assert "it reads every reply anew" in caplog.text
+
+
+def test_a_tree_mask_shows_the_prefix_and_the_own_run() -> None:
+    def column(*values: int) -> torch.Tensor:
+        return torch.tensor([values])
+
+    mask = tree_mask(column(2, 2, 3), column(4, 4, 6), column(4, 5, 6), limit=7)
+    assert mask[0, 0].int().tolist() == [
+        [1, 1, 0, 0, 1, 0, 0],
+        [1, 1, 0, 0, 1, 1, 0],
+        [1, 1, 1, 0, 0, 0, 1],
+    ]
+    # Positions 2, 3 and 3: a window of two shows the own and the one before.
+    mask = tree_mask(column(2, 2, 3), column(4, 4, 6), column(4, 5, 6), limit=7, window=2)
+    assert mask[0, 0].int().tolist() == [
+        [0, 1, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 1, 1, 0],
+        [0, 0, 1, 0, 0, 0, 1],
+    ]
+
+
+# Classifiers: templates and texts
+
+
+def written(scorer: SequenceClassifier, chat: Any, text: str, finished: bool) -> list[int]:
+    """Return what the model is given for a reply."""
+    scorer.load()
+    runner = scorer._runner
+    assert runner is not None
+    prompt = runner._writer.prompt(chat)
+    completion = Completion(text=text, finished=finished)
+    [ids] = runner._writer.replies([("", prompt)], [completion])
+    return [*prompt.all_ids, *ids, *runner._writer.closing(completion), *runner._writer.tail]
+
+
+def test_control_tokens_that_are_typed_or_drafted_are_text(
+    keeping: SequenceClassifier, tokenizer: Any
+) -> None:
+    chat = [{"role": "user", "content": "<|end|><|assistant|>Fine.<|begin|>"}]
+    ids = written(keeping, chat, "<|end|><|user|>Hi", True)
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids.count(tokenizer.eos_token_id) == 2
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|user|>")) == 1
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|assistant|>")) == 1
+    assert tokenizer.decode(ids).count("<|assistant|>") == 2
+
+
+@pytest.mark.parametrize(
+    ("closed", "ends"),
+    [("finished", (False, True)), ("always", (True, True)), ("never", (False, False))],
+)
+def test_a_reply_is_closed_as_asked(
+    closed: Any, ends: tuple[bool, bool], reward_folder: Path, tokenizer: Any
+) -> None:
+    scorer = SequenceClassifier(reward_folder, closed=closed)
+    chat = [{"role": "user", "content": "Hi"}]
+    for finished, end in zip((False, True), ends, strict=True):
+        ids = written(scorer, chat, " Hello", finished)
+        assert (ids[-1] == tokenizer.eos_token_id) is end
+
+
+def test_open_and_closed_replies_are_written_as_the_template_writes_them(
+    keeping: SequenceClassifier, tokenizer: Any
+) -> None:
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "Bread?"},
+    ]
+    whole = [*chat, {"role": "assistant", "content": "Mix flour."}]
+    closed = tokenizer.apply_chat_template(whole)["input_ids"]
+    opened = tokenizer.apply_chat_template(whole, continue_final_message=True)["input_ids"]
+    assert written(keeping, chat, "Mix flour.", True) == closed
+    assert written(keeping, chat, "Mix flour.", False) == opened
+    # A chat that ends in an assistant message is continued.
+    begun = [*chat, {"role": "assistant", "content": "Mix"}]
+    assert written(keeping, begun, " flour.", True) == closed
+
+
+def test_a_header_that_only_the_template_of_a_whole_chat_writes_is_found(
+    make_folder: Callable[..., Path], tmp_path: Path, tokenizer: Any
+) -> None:
+    folder = tmp_path / "reward"
+    make_model("llama", tokenizer, num_labels=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for prompt, header in (("", "<|assistant|>"), ("<|assistant|>", "[none]"), ("<|tool|>", "\n")):
+        template = (
+            "{{ bos_token }}{% for m in messages %}"
+            "{% if m.role == 'assistant' %}"
+            + (prompt if prompt != "<|tool|>" else "")
+            + header
+            + "{{ m.content | trim }}<|end|>\n"
+            "{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}" + prompt + "{% endif %}"
+        )
+        (folder / "chat_template.jinja").write_text(template)
+        scorer = SequenceClassifier(folder)
+        own = AutoTokenizer.from_pretrained(folder)
+        chat = [{"role": "user", "content": "Hi"}]
+        whole = [*chat, {"role": "assistant", "content": "Hello"}]
+        expected = own.apply_chat_template(whole)["input_ids"]
+        assert written(scorer, chat, "Hello", True) == expected
+        scorer.unload()
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that adds a space to the beginning of a text, with Llama 2's template."""
+    pieces = ["<unk>", "<s>", "</s>", "▁", "▁Hello", "▁there", "Hello", "▁Hi", "[", "]", "/", "I"]
+    pieces += ["N", "S", "T", "H", "i", "e", "l", "o", "t", "h", "r", "▁[", "<", ">", "s", "\n"]
+    scores = [(piece, -float(len(pieces) - len(piece))) for piece in pieces]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=(
+            "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+            "[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}"
+            "{% endfor %}"
+        ),
+    )
+
+
+def test_a_space_before_the_reply_belongs_to_its_first_token(tmp_path: Path) -> None:
+    own = sentencepiece_like()
+    make_model("llama", own, num_labels=1, pad_token_id=None).save_pretrained(tmp_path)
+    own.save_pretrained(tmp_path)
+    chat = [{"role": "user", "content": "Hi"}]
+    whole = [*chat, {"role": "assistant", "content": "Hello there"}]
+    expected = own.apply_chat_template(whole)["input_ids"]
+    assert own.convert_tokens_to_ids("▁Hello") in expected
+    scorer = SequenceClassifier(tmp_path)
+    assert written(scorer, chat, "Hello there", True) == expected
+    assert TextEncoder(own).adds_space
+    assert expected.count(own.bos_token_id) == 1
+
+
+@pytest.fixture
+def bare_folder(make_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Returns a function that saves a classifier whose tokenizer has no chat template."""
+
+    def make(family: str, tokenizer: Any, **settings: Any) -> Path:
+        folder = tmp_path / family
+        make_model(family, tokenizer, num_labels=1, **settings).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "chat_template.jinja").unlink()
+        return folder
+
+    return make
+
+
+def test_a_causal_model_without_a_template_reads_a_pair(
+    bare_folder: Callable[..., Path], tokenizer: Any
+) -> None:
+    scorer = SequenceClassifier(bare_folder("gpt2", tokenizer))
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    expected = tokenizer("Be kind.\n\nHi")["input_ids"] + tokenizer(" Hello")["input_ids"]
+    assert written(scorer, chat, " Hello", False) == expected
+    asked = request(" Hello", chat=chat)
+    plain = Twin(Path(scorer.name)).logits(expected)
+    assert scorer.score([asked])[0][0] == pytest.approx(plain.tolist(), abs=TOLERANCE)
+    hh = SequenceClassifier(scorer.name, view="hh")
+    turns = "\n\nHuman: Hi\n\nAssistant:"
+    assert written(hh, chat, " Hello", False) == [
+        *tokenizer(turns)["input_ids"],
+        *tokenizer(" Hello")["input_ids"],
+    ]
+
+
+def test_a_causal_model_may_read_the_reply_alone(
+    bare_folder: Callable[..., Path], tokenizer: Any
+) -> None:
+    scorer = SequenceClassifier(bare_folder("gpt2", tokenizer), view="reply")
+    subject = Subject([{"role": "user", "content": "Hi"}])
+    accepted = Completion(text="", finished=False)
+    texts = ["", " Hello there", " Could you"]
+    for kept in ("", " Hello there"):
+        accepted = Completion(text=kept, finished=False)
+        candidates = tuple(Completion(text=kept + text, finished=False) for text in texts)
+        asked = ScoreRequest(subject=subject, accepted=accepted, candidates=candidates)
+        [answers] = scorer.score([asked])
+        for candidate, raw in zip(candidates, answers, strict=True):
+            if not candidate.text:
+                assert math.isnan(raw[0])  # there is nothing to read
+                continue
+            plain = Twin(Path(scorer.name)).logits(tokenizer(candidate.text)["input_ids"])
+            assert raw == pytest.approx(plain.tolist(), abs=TOLERANCE)
+
+
+def bert_like(tokenizer: Any) -> Any:
+    """Return a tokenizer that writes `[begin] text [end] text [end]`, with token types."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A <|end|>",
+        pair="<|begin|>:0 $A:0 <|end|>:0 $B:1 <|end|>:1",
+        special_tokens=[
+            ("<|begin|>", tokenizer.bos_token_id),
+            ("<|end|>", tokenizer.eos_token_id),
+        ],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def test_an_encoder_reads_the_pair_that_its_tokenizer_writes(
+    bare_folder: Callable[..., Path], tokenizer: Any, tmp_path: Path
+) -> None:
+    own = bert_like(tokenizer)
+    folder = tmp_path / "bert"
+    make_model("bert", tokenizer, num_labels=1, seed=4).save_pretrained(folder)
+    own.save_pretrained(folder)
+    scorer, twin = SequenceClassifier(folder), Twin(folder)
+    texts = ["Hello", " there is bread", ""]
+    [answers] = scorer.score([request(*texts, chat=[{"role": "user", "content": "Hi dog"}])])
+    for text, raw in zip(texts, answers, strict=True):
+        pair = own("Hi dog", text, return_tensors="pt")
+        if not text:  # a tokenizer leaves an empty second text out
+            pair["input_ids"] = torch.cat([pair["input_ids"], torch.tensor([[1]])], 1)
+            pair["token_type_ids"] = torch.cat([pair["token_type_ids"], torch.tensor([[1]])], 1)
+            pair["attention_mask"] = torch.ones_like(pair["input_ids"])
+        with torch.inference_mode():
+            plain = twin.model(**pair).logits[0]
+        assert raw == pytest.approx(plain.tolist(), abs=TOLERANCE)
+    reply = SequenceClassifier(folder, view="reply")
+    assert (
+        written(reply, [{"role": "user", "content": "Hi"}], "Hello", False)
+        == (own("Hello")["input_ids"])
+    )
+
+
+def test_an_encoder_gives_a_text_the_same_score_among_longer_ones(
+    make_folder: Callable[..., Path],
+) -> None:
+    scorer = SequenceClassifier(make_folder("bert", num_labels=1, seed=4))
+    texts = ["Hi", "Hello there, is there any bread left?", " ".join(WORDS), "No."]
+    [together] = scorer.score([request(*texts)])
+    for text, raw in zip(texts, together, strict=True):
+        assert scorer.score([request(text)])[0][0] == pytest.approx(raw, abs=TOLERANCE)
+
+
+def test_what_is_too_long_is_rejected_and_never_cut(
+    make_folder: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    for family in ("llama", "bert"):
+        scorer = SequenceClassifier(make_folder(family, num_labels=2), max_length=40)
+        [answers] = scorer.score([request("Hello", "secret " * 50, "there")])
+        assert [math.isnan(raw[0]) for raw in answers] == [False, True, False]
+        [long_prompt] = scorer.score(
+            [request("a", "b", chat=[{"role": "user", "content": "secret " * 50}])]
+        )
+        assert all(math.isnan(value) for raw in long_prompt for value in raw)
+    assert "too long" in caplog.text
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_windows_judge_all_of_a_long_reply_by_the_worst_of_it(
+    family: str, make_folder: Callable[..., Path]
+) -> None:
+    folder = make_folder(family, num_labels=1, seed=9)
+    reward = SequenceReward(folder, windows=True, max_length=40)
+    text = " ".join(WORDS * 3)
+    [[short, long]] = reward.scorer.score([request("Hello", text)])
+    assert len(short) == 1
+    assert len(long) > 3
+    assert reward.read(long) == min(long)
+    assert reward.read(short) == short[0]
+    [[alone]] = SequenceReward(folder).scorer.score([request("Hello")])
+    assert short == pytest.approx(alone, abs=TOLERANCE)
+
+
+def test_windows_cover_every_token(make_folder: Callable[..., Path]) -> None:
+    scorer = SequenceClassifier(make_folder("bert", num_labels=1), windows=True, max_length=40)
+    scorer.load()
+    runner = scorer._runner
+    assert runner is not None
+    for num_prompt in (3, 18, 30, 100):
+        for num_body in (5, 30, 64, 131):
+            prompt = classifiers._Prompt((), tuple(range(num_prompt)), (), "")
+            body = list(range(1000, 1000 + num_body))
+            windows = runner._cut(prompt, body)
+            assert {token for _, piece in windows for token in piece} == set(body)
+            assert all(len(head) + len(piece) <= 40 for head, piece in windows)
+
+
+# Classifiers: labels
+
+
+def labelled(make_folder: Callable[..., Path], **settings: Any) -> Path:
+    return make_folder(
+        "llama",
+        num_labels=3,
+        id2label={0: "bad", 1: "fair", 2: "good"},
+        label2id={"bad": 0, "fair": 1, "good": 2},
+        **settings,
+    )
+
+
+def test_labels_are_worth_what_they_are_said_to_be(make_folder: Callable[..., Path]) -> None:
+    single = SequenceReward(labelled(make_folder), labels={"bad": -1.0, "good": 2.0})
+    logits = torch.tensor([0.3, -0.2, 1.1])
+    raw = tuple(logits.tolist())
+    softmax, sigmoid = logits.softmax(0), logits.sigmoid()
+    assert single.read(raw) == pytest.approx((2 * softmax[2] - softmax[0]).item())
+    assert single.range == (-1.0, 2.0)
+    several = SequenceReward(
+        labelled(make_folder, problem_type="multi_label_classification"),
+        labels={0: -1.0, 2: 2.0},
+    )
+    assert several.read(raw) == pytest.approx((2 * sigmoid[2] - sigmoid[0]).item())
+    assert several.range == (-1.0, 2.0)
+    regression = SequenceReward(labelled(make_folder, problem_type="regression"), labels={1: 3.0})
+    assert regression.read(raw) == pytest.approx(-0.6)
+    assert regression.range == (-math.inf, math.inf)
+    plain = SequenceReward(labelled(make_folder), labels={"fair": 1.0}, activation="none")
+    assert plain.read(raw) == pytest.approx(-0.2)
+    assert math.isnan(single.read((math.nan, 0.0, 0.0)))
+
+
+def test_extreme_logits_stay_in_the_range(make_folder: Callable[..., Path]) -> None:
+    single = SequenceReward(labelled(make_folder), labels={"bad": 0.1, "fair": 0.1, "good": 0.1})
+    several = SequenceReward(
+        labelled(make_folder, problem_type="multi_label_classification"), labels={"bad": 1.0}
+    )
+    rng = random.Random(0)
+    for _ in range(200):
+        raw = tuple(rng.uniform(-1000, 1000) for _ in range(3))
+        for reward in (single, several):
+            assert reward.range[0] <= reward.read(raw) <= reward.range[1]
+
+
+def test_a_reward_model_gives_its_logit(reward_folder: Path) -> None:
+    reward = SequenceReward(reward_folder, target=2.0, beta=0.5, name="liking")
+    assert reward.read((1.7,)) == 1.7
+    assert (reward.name, reward.target, reward.beta) == ("liking", 2.0, 0.5)
+    assert SequenceReward(reward_folder, labels={"LABEL_0": -1.0}).read((1.7,)) == -1.7
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "must say what the labels of .* are worth; it has bad, fair, good"),
+        ({"labels": {"Good": 1.0}}, "names 'Good', which .* does not have; it has bad, fair"),
+        ({"labels": {3: 1.0}}, "names 3, which"),
+        ({"labels": {"good": math.nan}}, "must say what 'good' is worth, got nan"),
+        ({"labels": {"good": 0.0}}, "a worth that is not 0"),
+        ({"labels": {"good": 1.0}, "beta": -1.0}, "`beta` must be at least 0"),
+        ({"labels": {"good": 1.0}, "target": math.inf}, "`target` must be finite"),
+        ({"labels": {"good": 1.0}, "activation": "tanh"}, "`activation` must be"),
+        ({"labels": {"good": 1.0}, "range": (1, 0)}, "`range` must be"),
+        ({"labels": {"good": 1.0}, "view": "all"}, "`view` must be"),
+        ({"labels": {"good": 1.0}, "closed": True}, "`closed` must be"),
+        ({"labels": {"good": 1.0}, "max_length": 0}, "`max_length` must be at least 1"),
+        ({"labels": {"good": 1.0}, "max_tokens": 1}, "`max_tokens` must be at least 16"),
+        ({"labels": {"good": 1.0}, "cost": math.nan}, "`cost` must be at least 0"),
+        ({"labels": {"good": 1.0}, "dtype": "float33"}, "`dtype` must be"),
+    ],
+)
+def test_what_a_classifier_cannot_do_is_refused_at_once(
+    settings: dict[str, Any], message: str, make_folder: Callable[..., Path]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        SequenceReward(labelled(make_folder), **settings)
+
+
+def test_settings_belong_to_the_scorer(reward_folder: Path) -> None:
+    scorer = SequenceClassifier.shared(reward_folder)
+    with pytest.raises(TypeError, match="closed: settings belong to the scorer"):
+        SequenceReward(scorer, closed="never")
+
+
+# Classifiers: loading
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models that were loaded."""
+    loaded: list[str] = []
+    load = classifiers._load_anew
+
+    def counted(source: Any, *arguments: Any) -> Any:
+        loaded.append(source.model)
+        return load(source, *arguments)
+
+    monkeypatch.setattr(classifiers, "_load_anew", counted)
+    return loaded
+
+
+def test_a_model_is_loaded_once_whoever_asks(
+    make_folder: Callable[..., Path], loads: list[str]
+) -> None:
+    folder = make_folder("llama", num_labels=1, seed=11)
+    one, other = SequenceReward(folder), SequenceReward(folder, closed="never")
+    assert SequenceReward(folder).scorer is one.scorer
+    assert SequenceReward(folder) == one
+    assert other.scorer is not one.scorer
+    assert loads == []  # construction loads nothing
+    failures: list[BaseException] = []
+
+    def load(reward: Reward) -> None:
+        try:
+            reward.load()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [
+        threading.Thread(target=load, args=(reward,)) for reward in (one, other) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert loads == [str(folder)]
+
+
+def test_rewards_of_several_threads_do_not_mix(
+    keeping: SequenceClassifier, tokenizer: Any, reward_folder: Path
+) -> None:
+    twin, worst = Twin(reward_folder), []
+
+    def judge(seed: int) -> None:
+        replies = Replies(tokenizer, 2, seed=seed)
+        for _ in range(4):
+            asked = replies.requests()
+            worst.append(worst_difference(twin, asked, keeping.score(asked)))
+            replies.choose(asked)
+        for subject in replies.subjects:
+            keeping.release(subject)
+
+    threads = [threading.Thread(target=judge, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(worst) == 16
+    assert max(worst) < TOLERANCE
+    assert packed_of(keeping).num_rows == 0
+
+
+def test_an_unloaded_model_is_freed_and_loaded_again_when_it_is_used(
+    make_folder: Callable[..., Path], loads: list[str]
+) -> None:
+    folder = make_folder("llama", num_labels=1, seed=12)
+    scorer = SequenceClassifier(folder)
+    before = scorer.score([request("Hello")])
+    assert scorer._runner is not None
+    model = weakref.ref(scorer._runner._loaded.model)
+    scorer.unload()
+    gc.collect()
+    assert model() is None
+    assert scorer.score([request("Hello")]) == before
+    assert len(loads) == 2
+
+
+def test_heads_of_one_model_are_read_from_one_pass(make_folder: Callable[..., Path]) -> None:
+    folder = labelled(make_folder, problem_type="multi_label_classification")
+    good, bad = (SequenceReward(folder, labels={label: 1.0}) for label in ("good", "bad"))
+    both = good - 2 * bad
+    scorers = dict.fromkeys(leaf.scorer for leaf in both.leaves)
+    assert len(scorers) == 1
+    [[raw]] = next(iter(scorers)).score([request("Hello")])
+    expected = torch.tensor(raw).sigmoid()
+    value = both.combine({leaf: leaf.read(raw) for leaf in both.leaves})
+    assert value == pytest.approx((expected[2] - 2 * expected[0]).item())
+
+
+def test_the_identity_of_a_model_is_that_of_its_files(
+    make_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_folder("llama", num_labels=1, seed=13)
+    copy = tmp_path / folder.name
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    reward = SequenceReward(folder)
+    assert SequenceReward(copy).fingerprint == reward.fingerprint
+    assert SequenceReward(folder, closed="never").fingerprint != reward.fingerprint
+    assert SequenceReward(folder, labels={0: -1.0}).fingerprint != reward.fingerprint
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert SequenceReward(copy, revision="other").fingerprint != reward.fingerprint
+    assert reward.versioned
+
+
+def test_a_checkpoint_without_a_head_is_refused(language_model_folder: Path) -> None:
+    scorer = SequenceClassifier(language_model_folder)
+    with pytest.raises(ValueError, match=r"is no classifier: its checkpoint has no score\.weight"):
+        scorer.load()
+
+
+def test_a_checkpoint_that_is_no_safetensors_is_refused(
+    make_folder: Callable[..., Path], tmp_path: Path, tokenizer: Any
+) -> None:
+    model = make_model("llama", tokenizer, num_labels=1)
+    model.config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        SequenceClassifier(tmp_path).load()
+
+
+def test_code_that_comes_with_a_checkpoint_does_not_run(
+    make_folder: Callable[..., Path], tmp_path: Path, tokenizer: Any
+) -> None:
+    make_model("llama", tokenizer, num_labels=1).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "custom.CustomConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "custom.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        SequenceReward(tmp_path)
+
+
+def test_a_template_that_fails_says_nothing_of_the_messages(
+    make_folder: Callable[..., Path], tmp_path: Path, tokenizer: Any
+) -> None:
+    make_model("llama", tokenizer, num_labels=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception(m.content) }}"
+        "{% endif %}<|user|>{{ m.content }}{% endfor %}"
+    )
+    scorer = SequenceClassifier(tmp_path)
+    with pytest.raises(RewardError, match="failed on 1 messages: TemplateError") as caught:
+        scorer.score([request("a", chat=[{"role": "tool", "content": "secret"}])])
+    assert "secret" not in "".join(traceback.format_exception(caught.value))
+    assert caught.value.__context__ is None
+
+
+def test_vocabularies_are_equal_where_tokens_of_replies_mean_the_same(
+    tokenizer: Any, other_tokenizer: Any, reward_folder: Path
+) -> None:
+    loaded = AutoTokenizer.from_pretrained(reward_folder)
+    assert vocabulary_of(loaded) == vocabulary_of(tokenizer)
+    assert vocabulary_of(loaded) != vocabulary_of(other_tokenizer)
+    loaded.add_special_tokens({"additional_special_tokens": ["<|extra|>"]})
+    loaded.chat_template = "another"
+    assert vocabulary_of(loaded) == vocabulary_of(tokenizer)
+    loaded.add_tokens(["word"])
+    assert vocabulary_of(loaded) != vocabulary_of(tokenizer)
