@@ -1,0 +1,179 @@
+"""Prints what steering with each bundled reward gains, judged by scorers it was not steered by.
+
+Two hundred prompts are answered twice, guarded and unguarded, by the same weights with the same
+limit of tokens. Judges are bags of words that learned from rows the reward never saw:
+
+    positive: film reviews (sentiment/imdb), on the beginnings of reviews;
+    safe: questions and answers with a safety label (safe_rlhf_mini), on requests;
+    helpful: preferred pairs (rmb_helpful, webgpt, auto_j), on first turns held apart.
+
+Knows the public names of the library and nothing of how it decodes.
+
+Run:
+    python examples/evaluate_rewards.py --data DATA
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from prepare_data import first_turn, is_held_apart, read_rows
+from scipy.sparse import vstack
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from tqdm.auto import tqdm
+
+from langchain_stars import ChatStars
+from langchain_stars.rewards import bundled
+
+RESAMPLES = 5000
+Judge = Callable[[Sequence[str]], np.ndarray]
+
+
+def label_judge(texts: Sequence[str], labels: Sequence[bool]) -> Judge:
+    """Return a bag of words that gives the log-odds of a label."""
+    words = TfidfVectorizer(ngram_range=(1, 2), min_df=3, sublinear_tf=True)
+    model = LogisticRegression(C=10.0, max_iter=400).fit(words.fit_transform(texts), labels)
+    return lambda replies: model.decision_function(words.transform(replies))
+
+
+def pair_judge(chosen: Sequence[str], rejected: Sequence[str]) -> Judge:
+    """Return a bag of words that gives the preferred of two replies the higher number."""
+    words = TfidfVectorizer(ngram_range=(1, 2), min_df=3, sublinear_tf=True)
+    words.fit([*chosen, *rejected])
+    gaps = words.transform(chosen) - words.transform(rejected)
+    model = LogisticRegression(C=1.0, fit_intercept=False, max_iter=400)
+    model.fit(vstack([gaps, -gaps]), [1] * len(chosen) + [0] * len(chosen))
+    return lambda replies: model.decision_function(words.transform(replies))
+
+
+def positive_task(data: Path, count: int) -> tuple[list[str], Judge]:
+    """Return beginnings of reviews, and a judge that did not read those reviews."""
+    rows = list(read_rows(data, "sentiment/prompts"))
+    chosen = random.Random(0).sample(rows, count)
+    asked = {row["from_review"] for row in chosen}
+    reviews = [r for r in read_rows(data, "sentiment/imdb") if r["id"] not in asked]
+    judge = label_judge([r["text"] for r in reviews], [r["label"] == "pos" for r in reviews])
+    return [row["prompt"] for row in chosen], judge
+
+
+def safe_task(data: Path, count: int) -> tuple[list[str], Judge]:
+    """Return requests, unsafe and safe, and a judge of answers to others."""
+    rows = [r for r in read_rows(data, "safety/prompts") if is_held_apart(r["prompt"])]
+    rows = [r for r in rows if len(r["prompt"]) < 300]
+    answers = [r for r in read_rows(data, "safety/responses") if r["source"] == "safe_rlhf_mini"]
+    judge = label_judge([r["response"] for r in answers], [r["label"] == "safe" for r in answers])
+    return [row["prompt"] for row in random.Random(0).sample(rows, count)], judge
+
+
+def helpful_task(data: Path, count: int) -> tuple[list[str], Judge]:
+    """Return first turns held apart, and a judge of pairs that nothing learned from."""
+    prompts = {
+        first_turn(row["messages"])
+        for name in ("dolly", "oasst_en100", "topical_chat", "roleplay")
+        for row in read_rows(data, f"chat/{name}")
+    }
+    prompts |= {first_turn(row["messages"]) for row in read_rows(data, "prefs/hh_helpful")}
+    apart = sorted(p for p in prompts if is_held_apart(p) and len(p) < 300)
+    pairs = [
+        row
+        for name in ("rmb_helpful", "webgpt", "auto_j")
+        for row in read_rows(data, f"prefs/{name}")
+    ]
+    judge = pair_judge([r["chosen"] for r in pairs], [r["rejected"] for r in pairs])
+    return random.Random(0).sample(apart, count), judge
+
+
+TASKS = {
+    "positive": (bundled.sentiment, positive_task),
+    "safe": (bundled.safety, safe_task),
+    "helpful": (bundled.helpfulness, helpful_task),
+}
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """Return the bootstrap interval, at 95 %, of a mean."""
+    draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    return [round(float(v), 4) for v in np.quantile(values[draws].mean(1), (0.025, 0.975))]
+
+
+def answer(model: Any, prompts: Sequence[str], together: int, title: str) -> list[Any]:
+    """Return a reply to every prompt."""
+    replies = []
+    for start in tqdm(range(0, len(prompts), together), desc=title):
+        replies += model.batch(list(prompts[start : start + together]))
+    return replies
+
+
+def steer(name: str, data: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what a reward gains over unguarded decoding."""
+    make_reward, make_task = TASKS[name]
+    prompts, judge = make_task(data, arguments.prompts)
+    settings = {"max_tokens": arguments.max_tokens, "seed": arguments.seed}
+    guarded_model = ChatStars(reward=make_reward(), **settings)
+    guarded = answer(guarded_model, prompts, arguments.together, f"{name}, guarded")
+    unguarded = answer(guarded_model.unguarded(), prompts, arguments.together, f"{name}, unguarded")
+    ours = judge([str(reply.content) for reply in guarded])
+    theirs = judge([str(reply.content) for reply in unguarded])
+    shares = (ours > 0).astype(float), (theirs > 0).astype(float)
+    segments = [s for reply in guarded for s in reply.response_metadata["stars"]["segments"]]
+
+    def tokens(replies: Sequence[Any]) -> float:
+        return float(np.mean([reply.usage_metadata["output_tokens"] for reply in replies]))
+
+    return {
+        "prompts": len(prompts),
+        "unguarded": round(float(shares[1].mean()), 4),
+        "guarded": round(float(shares[0].mean()), 4),
+        "gain": round(float((shares[0] - shares[1]).mean()), 4),
+        "gain_interval": interval(shares[0] - shares[1]),
+        "score_gain": round(float((ours - theirs).mean()), 4),
+        "score_gain_interval": interval(ours - theirs),
+        "attempts_per_segment": round(float(np.mean([s["attempts"] for s in segments])), 2),
+        "fallbacks": sum(s["outcome"] == "fallback" for s in segments),
+        "segments": len(segments),
+        "tokens": round(tokens(guarded), 1),
+        "tokens_unguarded": round(tokens(unguarded), 1),
+    }
+
+
+def main() -> None:
+    """Steer with each reward and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--together", type=int, default=32, help="prompts answered at once")
+    parser.add_argument("--rewards", default="positive,safe,helpful")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--figures", type=Path, help="JSON to add the table to, as `steering`")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    results = {}
+    for name in arguments.rewards.split(","):
+        results[name] = steer(name, arguments.data, arguments)
+    header = ("reward", "unguarded", "guarded", "gain", "95 %", "attempts", "tokens")
+    print("{:10} {:>9} {:>8} {:>7} {:>18} {:>9} {:>13}".format(*header))
+    for name, row in results.items():
+        low, high = row["gain_interval"]
+        print(
+            f"{name:10} {row['unguarded']:9.3f} {row['guarded']:8.3f} {row['gain']:7.3f} "
+            f"{low:8.3f} to {high:6.3f} {row['attempts_per_segment']:9.2f} "
+            f"{row['tokens']:5.1f} / {row['tokens_unguarded']:5.1f}"
+        )
+    if arguments.figures:
+        figures = {}
+        if arguments.figures.exists():
+            figures = json.loads(arguments.figures.read_text())
+        figures["steering"] = {**figures.get("steering", {}), **results}
+        arguments.figures.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,918 @@
+"""Trains one small causal trunk with three heads: is a reply safe, helpful, positive?
+
+Knows labelled text, packed batches and losses; nothing of decoding. A head is asked at every
+token of a reply, open and closed, and always for the label of the whole, so that its answer
+on a prefix foretells its answer at the end. At the empty reply the safety head judges the
+request itself.
+
+What teaches which head:
+    safe: labelled replies, toxic and clean comments, pairs of which one is less harmful,
+        requests (at the empty reply), and everyday talk.
+    helpful: pairs of which one was preferred, and replies that were given to somebody else
+        or whose words were shaken.
+    positive: the VADER lexicon, read over everyday talk and over made-up sentences.
+
+A bag of words learns the same rows quickly and well. Its opinion, of rows it did not learn
+from, is mixed into the labels of safety, and it labels pieces cut out of them, so that the
+trunk starts from what words alone tell.
+
+Run (after `prepare_data.py` and `train_language_model.py --name trunk ...`):
+    python examples/train_rewards.py --data DATA --work WORK --steps 3000
+    python examples/train_rewards.py --data DATA --work WORK --resume
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from prepare_data import (
+    ALLOWED_CLASSES,
+    Chat,
+    dices_chat,
+    fill_names,
+    first_turn,
+    is_held_apart,
+    licence_classes,
+    looks_english,
+    read_rows,
+)
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from torch import Tensor
+from torch.nn import functional
+from tqdm.auto import tqdm
+from train_language_model import make_optimizers, rate_at, save_bundle
+from transformers import (
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+HEADS = ("safe", "helpful", "positive")
+LENGTH = 384
+MAX_REPLY = 224
+MAX_PAIRS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A reply, or a pair of replies, with what is known about it.
+
+    Attributes:
+        source: Name of the source in the data's README.
+        prompt: Messages before the reply.
+        replies: One reply, or two of which the first was preferred.
+        labels: For each head that is taught, the probability that the reply deserves its name.
+        pair_head: The head that tells the two replies apart.
+        only_prompt: The label is the request's and holds at the empty reply alone.
+        held_apart: Kept for measuring.
+    """
+
+    source: str
+    prompt: Chat
+    replies: tuple[str, ...]
+    labels: dict[str, float] = field(default_factory=dict)
+    pair_head: str | None = None
+    only_prompt: bool = False
+    held_apart: bool = False
+
+
+class Lexicon:
+    """The polarity of a text by the VADER lexicon and its main rules.
+
+    Source:
+        Hutto and Gilbert, ICWSM 2014: the sum of the words' ratings, turned round after a
+        negation, strengthened after an intensifier, squashed into -1 to 1. Capitals,
+        exclamation marks and idioms are left out.
+    """
+
+    NEGATIONS = frozenset(
+        [
+            "not",
+            "no",
+            "never",
+            "none",
+            "nobody",
+            "nothing",
+            "neither",
+            "nor",
+            "nowhere",
+            "without",
+            "hardly",
+            "barely",
+            "rarely",
+            "seldom",
+            "isn't",
+            "wasn't",
+            "aren't",
+            "weren't",
+            "don't",
+            "doesn't",
+            "didn't",
+            "can't",
+            "cannot",
+            "couldn't",
+            "won't",
+            "wouldn't",
+            "shouldn't",
+            "hasn't",
+            "haven't",
+            "hadn't",
+            "ain't",
+        ]
+    )
+    STRONGER = frozenset(
+        [
+            "very",
+            "really",
+            "so",
+            "extremely",
+            "absolutely",
+            "completely",
+            "incredibly",
+            "totally",
+            "truly",
+            "deeply",
+            "highly",
+            "especially",
+            "particularly",
+            "remarkably",
+            "such",
+        ]
+    )
+    WEAKER = frozenset(
+        ["slightly", "somewhat", "partly", "barely", "hardly", "kinda", "sorta", "fairly"]
+    )
+
+    def __init__(self, data: Path) -> None:
+        """Read the lexicon."""
+        self.ratings = {r["token"]: r["mean"] for r in read_rows(data, "sentiment/vader_lexicon")}
+
+    def compound(self, text: str) -> float:
+        """Return the polarity, from -1 to 1; 0 where no word is rated."""
+        words = re.findall(r"[a-z]+(?:['’-][a-z]+)*|[:;=][-']?[()DPp/]", text.lower())
+        words = [word.replace("’", "'") for word in words]
+        ratings = [self._rating(words, place) for place in range(len(words))]
+        if "but" in words:
+            turn = len(words) - 1 - words[::-1].index("but")
+            ratings = [r * (0.5 if i < turn else 1.5) for i, r in enumerate(ratings)]
+        total = sum(ratings)
+        return total / math.sqrt(total * total + 15.0)
+
+    def _rating(self, words: Sequence[str], place: int) -> float:
+        rating = self.ratings.get(words[place], 0.0)
+        if not rating:
+            return 0.0
+        before = words[max(0, place - 3) : place]
+        for distance, word in enumerate(reversed(before)):
+            push = 0.293 * (1.0 - 0.05 * distance)
+            if word in self.STRONGER:
+                rating += math.copysign(push, rating)
+            elif word in self.WEAKER:
+                rating -= math.copysign(push, rating)
+        if any(word in self.NEGATIONS for word in before):
+            rating *= -0.74
+        return rating
+
+    def probability(self, text: str) -> float:
+        """Return the polarity as a probability that the text is positive."""
+        return 0.5 + 0.5 * self.compound(text)
+
+
+def labelled_examples(data: Path, *, allowed_only: bool = True) -> Iterator[Example]:
+    """Yield replies, comments and requests with a safety label, and preferred pairs."""
+    classes = licence_classes(data)
+
+    def usable(row: dict[str, Any]) -> bool:
+        return not allowed_only or classes[row["source"]] in ALLOWED_CLASSES
+
+    for row in filter(usable, read_rows(data, "safety/responses")):
+        if row["source"] == "dices":
+            prompt = dices_chat(row["prompt"])
+        else:
+            prompt = [{"role": "user", "content": row["prompt"]}]
+        yield Example(
+            source=row["source"],
+            prompt=prompt,
+            replies=(row["response"],),
+            labels={"safe": float(row["label"] == "safe")},
+            held_apart=is_held_apart(first_turn(prompt)),
+        )
+    for row in filter(usable, read_rows(data, "safety/toxicity")):
+        yield Example(
+            source=row["source"],
+            prompt=[],
+            replies=(row["text"],),
+            labels={"safe": float(row["label"] == "nontoxic")},
+            held_apart=is_held_apart(row["text"]),
+        )
+    for row in filter(usable, read_rows(data, "safety/prompts")):
+        yield Example(
+            source=row["source"],
+            prompt=[{"role": "user", "content": row["prompt"]}],
+            replies=("",),
+            labels={"safe": float(row["label"] == "safe")},
+            only_prompt=True,
+            held_apart=is_held_apart(row["prompt"]),
+        )
+    for name in PAIRS:
+        for row in filter(usable, read_rows(data, f"prefs/{name}")):
+            yield Example(
+                source=name,
+                prompt=row["messages"],
+                replies=(row["chosen"], row["rejected"]),
+                pair_head="safe" if row["task"] == "harmless" else "helpful",
+                held_apart=is_held_apart(first_turn(row["messages"])),
+            )
+
+
+PAIRS = (
+    "hh_harmless",
+    "hh_helpful",
+    "oasst_ranks",
+    "llmbar",
+    "pandalm",
+    "coconot_pref",
+    "rmb_harmless",
+    "rmb_helpful",
+    "webgpt",
+    "auto_j",
+)
+
+
+def everyday_dialogues(data: Path) -> Iterator[Chat]:
+    """Yield dialogues nobody need be guarded from, on the learning side of the split."""
+    rng = random.Random(0)
+    for name in ("topical_chat", "persona", "roleplay", "dolly", "oasst_en100", "sgd"):
+        for row in read_rows(data, f"chat/{name}"):
+            messages = fill_names(row["messages"], rng)
+            text = " ".join(m["content"] for m in messages)
+            rare = name == "sgd" and rng.random() > 0.05
+            if not is_held_apart(first_turn(messages)) and looks_english(text) and not rare:
+                yield messages
+
+
+def everyday_examples(data: Path, lexicon: Lexicon, rng: random.Random) -> Iterator[Example]:
+    """Yield everyday replies: apt and inapt ones, with the polarity of their words."""
+    turns = []
+    for messages in everyday_dialogues(data):
+        places = [i for i, m in enumerate(messages) if i and m["role"] == "assistant"]
+        for place in rng.sample(places, min(3, len(places))):
+            turns.append((messages[max(0, place - 5) : place], messages[place]["content"]))
+    for prompt, reply in turns:
+        labels = {"safe": 1.0, "helpful": 1.0, "positive": lexicon.probability(reply)}
+        yield Example(source="everyday", prompt=prompt, replies=(reply,), labels=labels)
+        kind = rng.random()
+        if kind < 0.4:
+            other = rng.choice(turns)[1]
+            # A reply to somebody else is as fluent, but it does not answer.
+            pair = (reply, other)
+        elif kind < 0.6:
+            words = reply.split()
+            start = rng.randrange(max(1, len(words) // 2))
+            shaken = words[start:]
+            rng.shuffle(shaken)
+            pair = (reply, " ".join(words[:start] + shaken))
+        else:
+            continue
+        if pair[0] != pair[1]:
+            yield Example(source="inapt", prompt=prompt, replies=pair, pair_head="helpful")
+
+
+SUBJECTS = [
+    "the film",
+    "the movie",
+    "this story",
+    "the acting",
+    "the plot",
+    "the ending",
+    "the music",
+    "the food",
+    "the day",
+    "the trip",
+    "my job",
+    "the service",
+    "the book",
+    "the weather",
+    "this place",
+    "the script",
+    "the cast",
+    "my friend",
+    "the party",
+    "the game",
+    "his performance",
+    "her voice",
+    "the direction",
+    "the whole thing",
+    "it",
+    "this one",
+    "the hotel",
+    "the show",
+    "the humor",
+    "the dialogue",
+]
+FRAMES = (
+    "{S} was {W}",
+    "{S} is {W}",
+    "I think {S} was {W}",
+    "I found {S} {W}",
+    "{S} felt {W} and {W}",
+    "what a {W} thing {S} was",
+    "{S} was {N} {W}",
+    "I do {N} think {S} is {W}",
+    "{S} was {B} {W}",
+    "it was {B} {W}, and {S} was {W}",
+    "{S} was {W} but {S} was {W}",
+    "there is something {W} about {S}",
+    "{W}, {W} and {W}",
+    "I {W} {S}",
+    "we {W} {S} because it was {W}",
+    "{S} made me feel {W}",
+    "full of {W} and {W}",
+    "a {W} {S} with {W} moments",
+    "{S} has {W}",
+    "{W}",
+)
+
+
+def lexicon_examples(lexicon: Lexicon, count: int, rng: random.Random) -> Iterator[Example]:
+    """Yield made-up sentences full of rated words, so that every one of them is met."""
+    words = [w for w in lexicon.ratings if re.fullmatch(r"[a-z][a-z'-]+", w)]
+    plain = [
+        "I",
+        "you",
+        "we",
+        "the",
+        "a",
+        "it",
+        "that",
+        "they",
+        "and",
+        "then",
+        "of",
+        "in",
+        "on",
+        "to",
+        "with",
+        "for",
+        "very",
+        "one",
+        "time",
+    ]
+    modest = ("not", "never", "hardly")
+    strong = sorted(Lexicon.STRONGER - {"such"}) + sorted(Lexicon.WEAKER)
+    for _ in range(count):
+        sentences = []
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            if rng.random() < 0.75:
+                sentence = rng.choice(FRAMES)
+                while "{W}" in sentence:
+                    sentence = sentence.replace("{W}", rng.choice(words), 1)
+                while "{S}" in sentence:
+                    sentence = sentence.replace("{S}", rng.choice(SUBJECTS), 1)
+                sentence = sentence.replace("{N}", rng.choice(modest))
+                sentence = sentence.replace("{B}", rng.choice(strong))
+            else:
+                mixed = rng.choices(plain, k=rng.randrange(2, 8))
+                mixed += rng.choices(words, k=rng.randrange(1, 4))
+                rng.shuffle(mixed)
+                sentence = " ".join(mixed)
+            sentences.append(sentence[0].upper() + sentence[1:] + rng.choice((".", ".", "!", "")))
+        text = " ".join(sentences)
+        labels = {"positive": lexicon.probability(text)}
+        yield Example(source="lexicon", prompt=[], replies=(text,), labels=labels)
+
+
+def kind_of(example: Example) -> str:
+    """Return which file an example with a safety label is like."""
+    if example.only_prompt:
+        return "prompts"
+    return "responses" if example.prompt else "toxicity"
+
+
+def judged_text(example: Example) -> str:
+    """Return the text that a safety label is about."""
+    return example.prompt[-1]["content"] if example.only_prompt else example.replies[0]
+
+
+class WordTeacher:
+    """Bags of words that learned the safety labels, one for each kind of row."""
+
+    def __init__(self, examples: Sequence[Example], folds: int = 5) -> None:
+        """Learn from the examples, and judge each by a bag that did not learn from it."""
+        self.pipelines: dict[str, Any] = {}
+        self.opinions: dict[int, float] = {}
+        for kind in ("responses", "toxicity", "prompts"):
+            rows = [e for e in examples if "safe" in e.labels and kind_of(e) == kind]
+            texts = [judged_text(e) for e in rows]
+            labels = [int(e.labels["safe"]) for e in rows]
+            # Rows that share a first turn stay in one fold.
+            groups = [first_turn(e.prompt) or judged_text(e) for e in rows]
+            pipeline = make_pipeline(
+                TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True),
+                LogisticRegression(C=10.0, max_iter=400),
+            )
+            opinions = cross_val_predict(
+                pipeline,
+                texts,
+                labels,
+                groups=groups,
+                cv=GroupKFold(folds),
+                method="predict_proba",
+            )[:, 1]
+            self.opinions |= {id(e): float(p) for e, p in zip(rows, opinions, strict=True)}
+            self.pipelines[kind] = pipeline.fit(texts, labels)
+
+    def mixed(self, example: Example, share: float) -> Example:
+        """Return the example with the teacher's opinion mixed into its label."""
+        opinion = self.opinions.get(id(example))
+        if opinion is None:
+            return example
+        label = (1.0 - share) * example.labels["safe"] + share * opinion
+        return replace(example, labels={**example.labels, "safe": label})
+
+    def pieces(
+        self, examples: Sequence[Example], count: int, rng: random.Random
+    ) -> Iterator[Example]:
+        """Yield runs of words out of comments and replies, labelled by the teacher alone."""
+        for kind, share in (("toxicity", 0.75), ("responses", 0.25)):
+            rows = [e for e in examples if id(e) in self.opinions and kind_of(e) == kind]
+            texts = []
+            for _ in range(int(share * count)):
+                words: list[str] = []
+                for example in rng.sample(rows, rng.choice((1, 1, 2))):
+                    of_text = example.replies[0].split()
+                    length = rng.randint(1, 40)
+                    start = rng.randrange(max(1, len(of_text) - length // 2))
+                    words += of_text[start : start + length]
+                texts.append(" ".join(words))
+            opinions = self.pipelines[kind].predict_proba(texts)[:, 1]
+            for text, opinion in zip(texts, opinions, strict=True):
+                labels = {"safe": float(opinion)}
+                yield Example(source="pieces", prompt=[], replies=(text,), labels=labels)
+
+
+# How often an example of each source is met in one epoch.
+EPOCH_WEIGHTS = {
+    "davidson": 0.5,
+    "hatecheck": 1.0,
+    "openai_moderation": 1.0,
+    "wiki_toxicity": 1.0,
+    "surge_toxicity": 1.0,
+    "gptfuzz_labelled": 1.0,
+    "dices": 1.0,
+    "everyday": 0.4,
+    "inapt": 0.4,
+    "lexicon": 1.0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Token ids with, at every token, what each head is asked and how much it counts."""
+
+    ids: list[int]
+    first: int
+    targets: list[tuple[int, int, float, float]]
+
+    @property
+    def last(self) -> int:
+        """Index of the closing token."""
+        return len(self.ids) - 1
+
+
+class Encoder:
+    """Turns examples into token ids and questions."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Keep the tokenizer."""
+        self.tokenizer = tokenizer
+        self.assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
+
+    def prompt_ids(self, prompt: Chat, room: int) -> list[int]:
+        """Return the prompt with an empty open reply, its oldest part cut to fit."""
+        tokenizer = self.tokenizer
+        ids: list[int] = []
+        for message in prompt:
+            ids.append(tokenizer.convert_tokens_to_ids(f"<|{message['role']}|>"))
+            ids += tokenizer.encode(message["content"], add_special_tokens=False)
+            ids.append(tokenizer.eos_token_id)
+        return [tokenizer.bos_token_id, *ids[-max(0, room - 2) :][: room - 2], self.assistant]
+
+    def encode(self, example: Example, reply: str, labels: dict[str, float]) -> Asked:
+        """Return one reply with its questions.
+
+        Half of what an example counts is spread over its prefixes, a quarter lies on the
+        whole reply left open and a quarter on the closed one.
+        """
+        content = self.tokenizer.encode(reply, add_special_tokens=False)[:MAX_REPLY]
+        if example.only_prompt:
+            content, tail = [], []
+        else:
+            tail = [self.tokenizer.eos_token_id]
+        prompt = self.prompt_ids(example.prompt, LENGTH - len(content) - len(tail))
+        ids = prompt + content + tail
+        first = len(prompt) - 1
+        targets = []
+        for name, label in labels.items():
+            head = HEADS.index(name)
+            if example.only_prompt:
+                targets.append((first, head, label, 1.0))
+                continue
+            # At the empty reply the safety head answers for the request, which is not asked here.
+            start = first + 1 if name == "safe" else first
+            last = len(ids) - 1
+            spread = 0.5 / max(1, last - start)
+            for place in range(start, last):
+                targets.append((place, head, label, spread + 0.25 * (place == last - 1)))
+            targets.append((last, head, label, 0.25))
+        return Asked(ids, first, targets)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Examples packed into rows of one length, each blind to its neighbours."""
+
+    ids: Tensor
+    positions: Tensor
+    documents: Tensor
+    targets: Tensor
+    weights: Tensor
+    pairs: Tensor
+    pair_heads: Tensor
+    pair_weights: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device."""
+        return Batch(*(getattr(self, name).to(device) for name in self.__slots__))
+
+
+def pack(examples: Iterator[Example], encoder: Encoder, rows: int, rng: random.Random) -> Batch:
+    """Fill one batch from a stream of examples; stops at the first that finds no room."""
+    ids = torch.zeros((rows, LENGTH), dtype=torch.long)
+    positions = torch.zeros((rows, LENGTH), dtype=torch.long)
+    documents = torch.full((rows, LENGTH), -1, dtype=torch.long)
+    targets = torch.zeros((rows, LENGTH, len(HEADS)))
+    weights = torch.zeros((rows, LENGTH, len(HEADS)))
+    pairs: list[tuple[int, int]] = []
+    pair_heads: list[int] = []
+    pair_weights: list[float] = []
+    used = [0] * rows
+    number = 0
+    failures = 0
+    while failures < 3:
+        example = next(examples)
+        replies = list(zip(example.replies, (1.0, 0.0), strict=False))
+        labelled = {example.pair_head: None} if example.pair_head else {}
+        sequences = [
+            encoder.encode(example, reply, {name: which for name in labelled} or example.labels)
+            for reply, which in replies
+        ]
+        free = used.copy()
+        places = []
+        for sequence in sequences:
+            row = next((r for r in range(rows) if free[r] + len(sequence.ids) <= LENGTH), None)
+            if row is None:
+                break
+            places.append((row, free[row]))
+            free[row] += len(sequence.ids)
+        if len(places) < len(sequences) or len(pairs) + 2 > MAX_PAIRS:
+            failures += 1
+            continue
+        used = free
+        # Labels of pairs are weak: most of what they teach is the order.
+        scale = 0.3 if example.pair_head else 1.0
+        for sequence, (row, start) in zip(sequences, places, strict=True):
+            span = slice(start, start + len(sequence.ids))
+            ids[row, span] = torch.tensor(sequence.ids)
+            positions[row, span] = torch.arange(len(sequence.ids))
+            documents[row, span] = number
+            number += 1
+            for place, head, label, weight in sequence.targets:
+                targets[row, start + place, head] = label
+                weights[row, start + place, head] = weight * scale
+        if example.pair_head:
+            flat = [row * LENGTH + start for row, start in places]
+            head = HEADS.index(example.pair_head)
+            share = rng.random()
+            for weight, ends in (
+                (1.0, [s.last for s in sequences]),
+                (0.5, [s.first + 1 + int(share * (s.last - s.first - 1)) for s in sequences]),
+            ):
+                pairs.append((flat[0] + ends[0], flat[1] + ends[1]))
+                pair_heads.append(head)
+                pair_weights.append(weight)
+    missing = MAX_PAIRS - len(pairs)
+    return Batch(
+        ids,
+        positions,
+        documents,
+        targets,
+        weights,
+        torch.tensor(pairs + [(0, 0)] * missing).view(MAX_PAIRS, 2),
+        torch.tensor(pair_heads + [0] * missing),
+        torch.tensor(pair_weights + [0.0] * missing),
+    )
+
+
+def make_loss(model: Any, device: torch.device, language: float, *, compiled: bool) -> Any:
+    """Return a function of a batch's tensors that gives the losses of the heads.
+
+    The loss is the cross-entropy of the labels at every token asked, the logistic loss of
+    the pairs' order, and a little of the language model's loss, which keeps the trunk general.
+    """
+
+    def loss(
+        ids: Tensor,
+        positions: Tensor,
+        documents: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        pairs: Tensor,
+        pair_heads: Tensor,
+        pair_weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        length = ids.shape[1]
+        causal = torch.ones((length, length), dtype=torch.bool, device=ids.device).tril()
+        same = documents[:, :, None] == documents[:, None, :]
+        mask = torch.where(same & causal, 0.0, -1e4)[:, None]
+        with torch.autocast(device.type, torch.bfloat16):
+            hidden = model.model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=mask.to(torch.bfloat16),
+                use_cache=False,
+            ).last_hidden_state
+            scores = model.score(hidden).float()
+            words = functional.linear(hidden[:, :-1], model.model.embed_tokens.weight)
+        labels = functional.binary_cross_entropy_with_logits(scores, targets, reduction="none")
+        label_loss = (labels * weights).sum() / weights.sum().clamp(min=1.0)
+        flat = scores.flatten(0, 1)
+        gap = flat[pairs[:, 0], pair_heads] - flat[pairs[:, 1], pair_heads]
+        pair_loss = (functional.softplus(-gap) * pair_weights).sum()
+        pair_loss = pair_loss / pair_weights.sum().clamp(min=1.0)
+        wanted = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
+        next_words = functional.cross_entropy(
+            words.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
+        wanted = wanted.flatten().float()
+        language_loss = (next_words * wanted).sum() / wanted.sum()
+        return label_loss + 0.5 * pair_loss + language * language_loss, label_loss, pair_loss
+
+    return torch.compile(loss) if compiled else loss
+
+
+def stream(
+    fixed: list[Example],
+    data: Path,
+    lexicon: Lexicon,
+    prompts: list[Chat],
+    teacher: WordTeacher,
+    seed: int,
+) -> Iterator[Example]:
+    """Yield examples for ever, sources weighted, everyday and made-up ones drawn anew."""
+    epoch = 0
+    while True:
+        rng = random.Random(seed * 1000 + epoch)
+        pool = [teacher.mixed(example, 0.5) for example in fixed]
+        pool += teacher.pieces(fixed, 6000, rng)
+        pool += everyday_examples(data, lexicon, rng)
+        pool += lexicon_examples(lexicon, 5000, rng)
+        chosen = [e for e in pool if rng.random() < EPOCH_WEIGHTS.get(e.source, 1.0)]
+        rng.shuffle(chosen)
+        for example in chosen:
+            # Comments stand alone in their source; as replies they follow something.
+            if not example.prompt and rng.random() < 0.5:
+                example = replace(example, prompt=rng.choice(prompts))
+            elif example.only_prompt and rng.random() < 0.25:
+                before = [*rng.choice(prompts), {"role": "assistant", "content": "Sure."}]
+                example = replace(example, prompt=[*before, *example.prompt])
+            yield example
+        epoch += 1
+
+
+@torch.inference_mode()
+def score_replies(
+    model: Any, encoder: Encoder, items: Sequence[tuple[Chat, str]], rows: int = 16
+) -> list[Tensor]:
+    """Return for every reply the three logits at each of its prefixes.
+
+    The first entry is the empty reply's, the last one the closed reply's, the one before it
+    the whole reply's left open.
+    """
+    sequences = []
+    for prompt, reply in items:
+        example = Example(source="", prompt=prompt, replies=(reply,))
+        sequences.append(encoder.encode(example, reply, {}))
+    order = sorted(range(len(items)), key=lambda i: len(sequences[i].ids))
+    results: list[Tensor] = [torch.empty(0)] * len(items)
+    device = model.device
+    for start in range(0, len(order), rows):
+        chosen = order[start : start + rows]
+        longest = max(len(sequences[i].ids) for i in chosen)
+        ids = torch.zeros((len(chosen), longest), dtype=torch.long)
+        for row, i in enumerate(chosen):
+            ids[row, : len(sequences[i].ids)] = torch.tensor(sequences[i].ids)
+        # Padding stands behind what it could disturb, so a causal model needs no mask.
+        hidden = model.model(input_ids=ids.to(device), use_cache=False).last_hidden_state
+        scores = model.score(hidden).float().cpu()
+        for row, i in enumerate(chosen):
+            results[i] = scores[row, sequences[i].first : len(sequences[i].ids)].clone()
+    return results
+
+
+def area_under_curve(scores: Tensor, labels: Tensor) -> float:
+    """Return the chance that a positive outranks a negative, ties counting half."""
+    _, inverse, counts = torch.unique(scores, return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0).double()
+    ranks = (ends - (counts.double() - 1) / 2)[inverse]
+    positives = labels.bool()
+    n, m = int(positives.sum()), int((~positives).sum())
+    return float((ranks[positives].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def measure(
+    model: Any, encoder: Encoder, examples: Sequence[Example], limit: int = 200
+) -> dict[str, float]:
+    """Return quick figures on examples held apart: areas under curves and pair accuracies."""
+    model.eval()
+    figures: dict[str, float] = {}
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        name = example.source if example.pair_head else kind_of(example)
+        groups.setdefault(name, []).append(example)
+    for name, members in groups.items():
+        members = members[:: max(1, len(members) // limit)]
+        if members[0].pair_head:
+            head = HEADS.index(members[0].pair_head)
+            items = [(e.prompt, reply) for e in members for reply in e.replies]
+            ends = [scores[-1, head] for scores in score_replies(model, encoder, items)]
+            wins = [float(a > b) for a, b in zip(ends[::2], ends[1::2], strict=True)]
+            figures[f"{name} pairs"] = sum(wins) / len(wins)
+        else:
+            items = [(e.prompt, e.replies[0]) for e in members]
+            scored = score_replies(model, encoder, items)
+            place = 0 if name == "prompts" else -1
+            scores = torch.stack([s[place, 0] for s in scored])
+            labels = torch.tensor([e.labels["safe"] for e in members])
+            figures[f"{name} auc"] = area_under_curve(scores, labels)
+    model.train()
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data")
+    parser.add_argument("--work", type=Path, required=True, help="folder with tokenizer and trunk")
+    parser.add_argument("--trunk", default="trunk", help="run whose weights to start from")
+    parser.add_argument("--name", default="rewards", help="of the run, a folder in `work`")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--warmup", type=int, default=50)
+    parser.add_argument("--decay", type=float, default=0.5, help="share of the steps that cool")
+    parser.add_argument("--rows", type=int, default=10, help="of a batch")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--language", type=float, default=0.1, help="weight of the LM loss")
+    parser.add_argument("--average", type=float, default=0.995, help="of the weights, a step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--save-every", type=int, default=250, help="steps")
+    parser.add_argument("--measure-every", type=int, default=250, help="steps")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def start_model(trunk: Path, device: torch.device) -> Any:
+    """Return a classifier with three heads on the trunk of a language model."""
+    language_model = LlamaForCausalLM.from_pretrained(trunk, dtype=torch.float32)
+    config = language_model.config
+    config.num_labels = len(HEADS)
+    config.id2label = dict(enumerate(HEADS))
+    config.label2id = {name: index for index, name in enumerate(HEADS)}
+    config.problem_type = "multi_label_classification"
+    config.architectures = None
+    model = LlamaForSequenceClassification._from_config(
+        config, attn_implementation="eager" if device.type == "cpu" else "sdpa"
+    )
+    model.model.load_state_dict(language_model.model.state_dict())
+    torch.nn.init.normal_(model.score.weight, std=0.01)
+    return model.to(device)
+
+
+def main() -> None:
+    """Train, measure and save."""
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    device = torch.device(arguments.device)
+    folder = arguments.work / arguments.name
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint_path = folder / "checkpoint.pt"
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.work / "tokenizer")
+    encoder = Encoder(tokenizer)
+    lexicon = Lexicon(arguments.data)
+    labelled = list(labelled_examples(arguments.data))
+    fixed = [e for e in labelled if not e.held_apart]
+    apart = [e for e in labelled if e.held_apart]
+    prompts = [
+        [m] for chat in everyday_dialogues(arguments.data) for m in chat[:1] if m["role"] == "user"
+    ]
+    teacher = WordTeacher(fixed)
+    # Requests of everyday talk are safe ones, or every question would look like a suspect's.
+    rng = random.Random(arguments.seed)
+    fixed += [
+        Example(
+            source="everyday prompts",
+            prompt=prompt,
+            replies=("",),
+            labels={"safe": 1.0},
+            only_prompt=True,
+        )
+        for prompt in rng.sample(prompts, 4000)
+    ]
+
+    model = start_model(arguments.work / arguments.trunk / "bundle", device)
+    optimizers = make_optimizers(model, arguments.learning_rate, arguments.weight_decay)
+    average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    step, seconds = 0, 0.0
+    if arguments.resume:
+        saved = torch.load(checkpoint_path, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        average, step, seconds = saved["average"], saved["step"], saved["seconds"]
+    # A resumed run meets the examples in another order; the weights do not mind.
+    examples = stream(fixed, arguments.data, lexicon, prompts, teacher, arguments.seed + 7 * step)
+    batch_rng = random.Random(arguments.seed + step)
+    loss_of = make_loss(model, device, arguments.language, compiled=not arguments.no_compile)
+    log = (folder / "log.jsonl").open("a", buffering=1)
+    bar = tqdm(total=arguments.steps, initial=step, mininterval=30.0)
+    begun = time.monotonic()
+    sums = torch.zeros(3)
+
+    def save() -> None:
+        state = {
+            "model": model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "average": average,
+            "step": step,
+            "seconds": seconds + time.monotonic() - begun,
+        }
+        torch.save(state, checkpoint_path.with_suffix(".part"))
+        checkpoint_path.with_suffix(".part").replace(checkpoint_path)
+        save_bundle(model, average, tokenizer, folder / "bundle")
+
+    model.train()
+    while step < arguments.steps:
+        batch = pack(examples, encoder, arguments.rows, batch_rng).to(device)
+        losses = loss_of(*(getattr(batch, name) for name in Batch.__slots__))
+        losses[0].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        share = rate_at(step, steps=arguments.steps, warmup=arguments.warmup, decay=arguments.decay)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = arguments.learning_rate * share
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        sums += torch.stack([loss.detach().cpu() for loss in losses])
+        step += 1
+        keep = min(arguments.average, step / (step + 10))
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                average[name].lerp_(tensor, 1.0 - keep)
+        bar.update()
+        if step % 25 == 0:
+            total, of_labels, of_pairs = (sums / 25).tolist()
+            sums.zero_()
+            entry = {"step": step, "loss": total, "labels": of_labels, "pairs": of_pairs}
+            elapsed = seconds + time.monotonic() - begun
+            log.write(json.dumps({**entry, "seconds": round(elapsed, 1)}) + "\n")
+            bar.set_postfix(labels=f"{of_labels:.3f}", pairs=f"{of_pairs:.3f}")
+        if step % arguments.save_every == 0 or step == arguments.steps:
+            save()
+        if step % arguments.measure_every == 0 or step == arguments.steps:
+            now = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            model.load_state_dict(average)
+            figures = measure(model, encoder, apart)
+            model.load_state_dict(now)
+            log.write(json.dumps({"step": step, **figures}) + "\n")
+            tqdm.write(f"step {step}: {figures}")
+    bar.close()
+
+
+if __name__ == "__main__":
+    main()
