@@ -174,14 +174,14 @@ def calibrate(
     Raises:
         ValueError: A setting is out of range, or no reply could be judged.
     """
-    for name, value, holds, wanted in (
+    for name, value, holds, requirement in (
         ("chats", len(chats), len(chats) >= 1, "hold at least one chat"),
         ("mean_attempts", mean_attempts, 1 < mean_attempts < math.inf, "be finite and above 1"),
         ("num_samples", num_samples, num_samples >= 2, "be at least 2"),
         ("beta", beta, beta is None or 0 <= beta < math.inf, "be finite and at least 0"),
     ):
         if not holds:
-            raise ValueError(f"`{name}` must {wanted}, got {value}")
+            raise ValueError(f"`{name}` must {requirement}, got {value}")
     horizon = min(max_tokens, 128) if horizon is None else horizon
     accept_all = Policy(
         objective=reward,
