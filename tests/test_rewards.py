@@ -348,8 +348,9 @@ def test_the_error_of_a_failing_function_holds_nothing_of_what_was_judged() -> N
     def failing(completions: Any, **_: Any) -> list[float]:
         raise KeyError(completions[0][0]["content"])
 
+    asked = request("a secret")
     with pytest.raises(RewardError, match="'failing': raised KeyError") as caught:
-        as_reward(failing).scorer.score([request("a secret")])
+        as_reward(failing).scorer.score([asked])
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None
     assert "secret" not in "".join(traceback.format_exception(caught.value))
@@ -723,11 +724,15 @@ def test_an_attempt_whose_tokens_are_gone_is_read_again_and_counted(
     keeping: SequenceClassifier, tokenizer: Any, reward_folder: Path
 ) -> None:
     replies, twin = Replies(tokenizer, 1), Twin(reward_folder)
-    first = replies.request(0)
+    kept = tuple(tokenizer("?! the quick brown fox")["input_ids"])  # no other begins like this
+    first = ScoreRequest(
+        subject=replies.subjects[0],
+        accepted=replies.completion(()),
+        candidates=(replies.completion(kept),),
+    )
     keeping.score([first])
     for _ in range(20):
         keeping.score([replies.request(0)])
-    kept = first.candidates[0].token_ids or ()
     replies.accepted[0] = kept
     asked = replies.request(0)
     assert worst_difference(twin, [asked], keeping.score([asked])) < TOLERANCE
@@ -880,10 +885,14 @@ def test_a_reply_too_large_for_the_memory_fails_alone(
 
 
 def test_padding_at_the_end_of_a_text_is_passed_over_as_in_the_plain_model(
-    make_folder: Callable[..., Path], tokenizer: Any
+    tmp_path: Path, tokenizer: Any
 ) -> None:
     ordinary = tokenizer(" the")["input_ids"][0]
-    folder = make_folder("llama", num_labels=1, seed=5, pad_token_id=ordinary)
+    folder = tmp_path / "reward"
+    model = make_model("llama", tokenizer, num_labels=1, seed=5)
+    model.config.pad_token_id = ordinary
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     scorer, twin, replies = SequenceClassifier(folder), Twin(folder), Replies(tokenizer, 1)
     fox = tuple(tokenizer(" fox")["input_ids"])
     for accepted in ((), fox, (*fox, ordinary)):
@@ -1047,7 +1056,7 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
 
 def test_a_space_before_the_reply_belongs_to_its_first_token(tmp_path: Path) -> None:
     own = sentencepiece_like()
-    make_model("llama", own, num_labels=1, pad_token_id=None).save_pretrained(tmp_path)
+    make_model("llama", own, num_labels=1).save_pretrained(tmp_path)
     own.save_pretrained(tmp_path)
     chat = [{"role": "user", "content": "Hi"}]
     whole = [*chat, {"role": "assistant", "content": "Hello there"}]
@@ -1453,8 +1462,9 @@ def test_a_template_that_fails_says_nothing_of_the_messages(
         "{% endif %}<|user|>{{ m.content }}{% endfor %}"
     )
     scorer = SequenceClassifier(tmp_path)
+    asked = request("a", chat=[{"role": "tool", "content": "secret"}])
     with pytest.raises(RewardError, match="failed on 1 messages: TemplateError") as caught:
-        scorer.score([request("a", chat=[{"role": "tool", "content": "secret"}])])
+        scorer.score([asked])
     assert "secret" not in "".join(traceback.format_exception(caught.value))
     assert caught.value.__context__ is None
 

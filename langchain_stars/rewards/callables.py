@@ -12,6 +12,7 @@ import numbers
 import os
 import threading
 import uuid
+import weakref
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
@@ -291,16 +292,24 @@ class _Loop:
         with self._lock:
             if self._loop is None or self._process != os.getpid():  # a fork leaves the thread
                 loop = asyncio.new_event_loop()
-                threading.Thread(target=_serve, args=(loop,), daemon=True).start()
+                threading.Thread(
+                    target=_serve, args=(loop,), name="stars-reward", daemon=True
+                ).start()
                 self._loop, self._process = loop, os.getpid()
+                weakref.finalize(self, _stop, loop, self._process).atexit = False
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def close(self) -> None:
         """Cancel what runs, and end the thread."""
         with self._lock:
             loop, self._loop = self._loop, None
-        if loop is not None and self._process == os.getpid():
-            loop.call_soon_threadsafe(loop.stop)
+        if loop is not None:
+            _stop(loop, self._process)
+
+
+def _stop(loop: asyncio.AbstractEventLoop, process: int) -> None:
+    if process == os.getpid() and not loop.is_closed():
+        loop.call_soon_threadsafe(loop.stop)
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
@@ -309,7 +318,8 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
         tasks = asyncio.all_tasks(loop)
         for task in tasks:
             task.cancel()
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        if tasks:
+            loop.run_until_complete(asyncio.wait(tasks))
         loop.run_until_complete(loop.shutdown_asyncgens())
     finally:
         loop.close()

@@ -432,7 +432,7 @@ class SequenceClassifier(Scorer):
 
     def release(self, subject: Subject) -> None:
         """Drop what was read of a reply."""
-        with self._lock:
+        with self._lock, torch.inference_mode():
             if self._runner is not None:
                 self._runner.release(subject)
 
