@@ -237,12 +237,14 @@ def calibrate(
     if beta is None:
         beta = 0.25 * statistics.fmean(position.spread_within for position in positions)
     wanted = 1.0 / mean_attempts
-    thresholds = tuple(
-        _solve(
-            lambda tau, of=of_position: _rate([r - tau for _, r in of], beta), wanted, of_position
-        )
-        for of_position in rewards
-    )
+    thresholds: list[float] = []
+    for of_position in rewards:
+        values = [reward_seen for _, reward_seen in of_position]
+
+        def rate_here(threshold: float, values: Sequence[float] = values) -> float:
+            return _rate([reward_seen - threshold for reward_seen in values], beta)
+
+        thresholds.append(_solve(rate_here, wanted, of_position))
     everything = [pair for of_position in rewards for pair in of_position]
 
     def rate_at(target: float) -> float:
@@ -262,7 +264,7 @@ def calibrate(
         beta=beta,
         alpha=alpha,
         horizon=horizon,
-        thresholds=thresholds,
+        thresholds=tuple(thresholds),
         mean_attempts=mean_attempts,
         segment_size=segment_size,
         positions=positions,
