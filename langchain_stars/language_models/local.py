@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import statistics
 import threading
 import time
@@ -226,14 +227,12 @@ class LocalLanguageModel(LanguageModel):
             raise ValueError(f"`drafts` must be ragged, snapshot, recompute or None, got {drafts}")
         if context_length is not None and context_length < 2:
             raise ValueError(f"`context_length` must be at least 2, got {context_length}")
-        name = os.fspath(model) if isinstance(model, str | os.PathLike) else ""
-        self._given = None if name else model
-        if self._given is not None and tokenizer is None:
-            raise ValueError("`tokenizer` must be given with a loaded model, got None")
-        if name:
-            _check_name(name)
-            name = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+        self._given = None if isinstance(model, str | os.PathLike) else model
+        if isinstance(model, str | os.PathLike):
+            name = _checked_name(os.fspath(model))
         else:
+            if tokenizer is None:
+                raise ValueError("`tokenizer` must be given with a loaded model, got None")
             name = getattr(model.config, "_name_or_path", "") or type(model).__name__
             device = device or str(next(model.parameters()).device)
         self._name = name
@@ -702,19 +701,22 @@ class LocalLanguageModel(LanguageModel):
         return error <= most
 
 
-def _check_name(name: str) -> None:
-    """Refuse a name that can be neither a hub id nor a folder that there is."""
+def _checked_name(name: str) -> str:
+    """Return the folder or the hub id that a name names.
+
+    Raises:
+        ValueError: It can be neither.
+    """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
             raise ValueError(f"`model` must be a folder that holds config.json, got {name}")
-        return
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or not name:
-        if "/" not in name and name and not name.startswith((".", "~")):
-            return  # a few old hub ids have no owner
+        return str(path)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise ValueError(
-            f"`model` must be a hub id (owner/name) or a folder that exists, got {name}"
+            f"`model` must be a hub id (owner/name) or a folder that exists, got {name!r}"
         )
+    return name
 
 
 def _check_weights(name: str) -> None:
