@@ -44,10 +44,12 @@ Outcome: TypeAlias = Literal["accepted", "fallback", "unguarded"]
 FinishReason: TypeAlias = Literal["stop", "length", "refusal"]
 """Why a reply ended: by itself or at a stop string, at `max_tokens`, or for want of a segment."""
 
+_MANY_TOKENS = 256
+
 DEFAULT_REFUSAL = "I'm sorry, but I can't help with that."
 
 
-class GuardExhausted(RuntimeError):  # noqa: N818 - the name is part of the interface
+class GuardExhausted(RuntimeError):
     """No attempt was good enough, and the policy asks for an exception.
 
     Carries counts and names of rewards; never what was rejected.
@@ -326,6 +328,7 @@ class Row:
         self._held: list[_Kept] = []
         self._last_number: Counter[int] = Counter()
         self._visit: _Visit | None = None
+        self._drawn_for: _Visit | None = None
         self._proposed: list[tuple[Candidate, Text]] = []
         self._failures_in_a_row = 0
         self._num_accepted = 0
@@ -361,13 +364,18 @@ class Row:
         return min(self._segment_size, self._max_tokens - len(self.prefix.token_ids))
 
     @property
+    def judged_on_device(self) -> bool:
+        """Whether every scorer that judges the reply runs on the engine's thread."""
+        return all(leaf.scorer.on_device for leaf in self._leaves)
+
+    @property
     def num_segments(self) -> int:
         """Segments kept so far."""
         return len(self._segments)
 
     def request(self, count: int) -> Request:
         """Return what the language model is asked for: the next `count` attempts."""
-        visit = self._current
+        visit = self._drawn_for = self._current
         return Request(
             prefix=self.prefix,
             seed=self._seed,
@@ -400,13 +408,15 @@ class Row:
 
     def ask_about_prompt(self) -> Inquiry:
         """Return the question what the empty open reply is worth."""
-        assert self.policy is not None and self.policy.objective is not None
+        assert self.policy is not None
+        assert self.policy.objective is not None
         empty = Completion(text="", finished=False, token_ids=())
         return self._ask((empty,), self.policy.objective.leaves)
 
     def take_prompt_reward(self) -> None:
         """Take the answer; where there is none, the target is asked from the first segment."""
-        assert self.policy is not None and self.policy.objective is not None
+        assert self.policy is not None
+        assert self.policy.objective is not None
         assert self.inquiry is not None
         values = self.inquiry.values(0)
         self.inquiry = None
@@ -416,10 +426,24 @@ class Row:
             self._num_failures += 1
         self.prompt_reward = reward
 
+    def count_drafted(self, candidates: Sequence[Candidate]) -> None:
+        """Count what has been drawn, whatever becomes of it."""
+        self._num_drafted += sum(candidate.num_drawn for candidate in candidates)
+
+    def awaits(self, candidate: Candidate) -> bool:
+        """Return whether the next attempt of the reply is this candidate, drawn in this round."""
+        visit = self._visit
+        return (
+            not self.ended
+            and self.inquiry is None
+            and visit is not None
+            and visit is self._drawn_for
+            and visit.first + visit.attempts == candidate.attempt
+        )
+
     def ask_about(self, candidates: Sequence[Candidate]) -> Inquiry:
         """Return the question what the candidates are worth."""
         self._proposed = [(candidate, self._extend(candidate)) for candidate in candidates]
-        self._num_drafted += sum(candidate.num_drawn for candidate in candidates)
         return self._ask(tuple(_completion(text) for _, text in self._proposed), self._leaves)
 
     def _ask(self, completions: tuple[Completion, ...], leaves: Sequence[Leaf]) -> Inquiry:
@@ -658,7 +682,6 @@ class Row:
         """Keep what was drawn: an unguarded reply takes whatever comes."""
         visit = self._current
         visit.attempts += 1
-        self._num_drafted += candidate.num_drawn
         text = self._extend(candidate)
         self._segments.append(
             Segment(
@@ -684,6 +707,7 @@ def advance(
     workers: Workers,
     notify: Callable[[], None],
     barrier: bool = False,
+    lazy: bool = True,
 ) -> Generator[None, None, None]:
     """Run one round for every row; a row whose candidates all fail tries again in the next.
 
@@ -700,6 +724,8 @@ def advance(
         barrier: Whether no row begins its next segment before all have theirs, as in the
             published loop; its waiting rows are computed with the others, to no effect. For
             comparison only.
+        lazy: Whether the second candidate of a row is judged only where the first was rejected,
+            and so on, where that is thought to be faster; else all are judged at once.
     """
     starting = [row for row in rows if row.wants_prompt_reward]
     if starting:
@@ -729,19 +755,30 @@ def advance(
             yield
     finally:
         drafting.close()
-    guarded: list[Row] = []
+    undecided: list[tuple[Row, list[Candidate]]] = []
     for row, candidates in zip(ready, proposals, strict=True):
+        row.count_drafted(candidates)
         if barrier and row.num_segments > behind:
             continue
         if row.policy is None:
             row.take(candidates[0])
         else:
-            row.ask_about(candidates)
-            guarded.append(row)
-    inquiries = [row.inquiry for row in guarded if row.inquiry is not None]
-    yield from judging(inquiries, workers=workers, notify=notify)
-    for row in guarded:
-        settle(row)
+            undecided.append((row, candidates))
+    lazy = lazy and _waves_pay(language_model, [row for row, _ in undecided])
+    while undecided:
+        waves = [
+            (row, candidates[:1], candidates[1:])
+            if lazy and row.judged_on_device
+            else (row, candidates, [])
+            for row, candidates in undecided
+        ]
+        inquiries = [row.ask_about(candidates) for row, candidates, _ in waves]
+        yield from judging(inquiries, workers=workers, notify=notify)
+        undecided = []
+        for row, _, rest in waves:
+            settle(row)
+            if rest and row.awaits(rest[0]):
+                undecided.append((row, rest))
 
 
 def settle(row: Row) -> bool:
@@ -756,6 +793,16 @@ def settle(row: Row) -> bool:
     else:
         row.choose()
     return True
+
+
+def _waves_pay(language_model: LanguageModel, rows: Sequence[Row]) -> bool:
+    """Return whether to judge the candidates of a round one after the other.
+
+    Where reading a model's weights takes longer than computing a few tokens, as on a GPU, it is
+    faster to judge all at once, unless there are many.
+    """
+    num_tokens = sum(row.size for row in rows)
+    return not language_model.device.startswith("cuda") or num_tokens >= _MANY_TOKENS
 
 
 def _counts(language_model: LanguageModel, rows: Sequence[Row]) -> list[int]:

@@ -310,15 +310,26 @@ class Engine:
     Attributes:
         max_rows: Most rows of a lane in progress; None leaves it to the language model.
         barrier: Whether rows wait for each other at every segment; for comparison only.
+        lazy: Whether a candidate is judged only where those before it were rejected, where that is
+            thought to be faster; changes the speed only.
+        clock: Tells, in seconds, how long lanes have had the device.
         statistics: Counts.
     """
 
     def __init__(
-        self, name: str = "cpu", *, max_rows: int | None = None, barrier: bool = False
+        self,
+        name: str = "cpu",
+        *,
+        max_rows: int | None = None,
+        barrier: bool = False,
+        lazy: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.name = name
         self.max_rows = max_rows
         self.barrier = barrier
+        self.lazy = lazy
+        self._clock = clock
         self.statistics = Statistics()
         self._workers = Workers()
         self._changed = threading.Condition()
@@ -365,8 +376,8 @@ class Engine:
             reward: What is asked; loaded in the caller's thread.
             chats: The threads, each judged by itself.
             completion: The reply; the empty open one if not given.
-            timeout: Seconds, above 0, to wait for the answer once the reward is loaded, and for
-                each call of a reward that runs in a worker; None is no limit.
+            timeout: Seconds, above 0, to wait for the answers once the reward is loaded; None is
+                no limit.
 
         Returns:
             One finite number a chat, in the reward's units; None where the reward failed.
@@ -418,7 +429,7 @@ class Engine:
                     candidates=(completion,),
                 ),
                 reward.leaves,
-                timeout=timeout,
+                timeout=None,  # who waits does so for all answers together, and drops the question
             )
             for chat in chats
         ]
@@ -604,6 +615,7 @@ class Engine:
                 workers=self._workers,
                 notify=self.wake,
                 barrier=self.barrier,
+                lazy=self.lazy,
             )
             self.statistics.num_rounds += 1
             self.statistics.num_row_rounds += len(lane.in_round)
@@ -652,7 +664,7 @@ class Engine:
     def _step(self, lane: _Lane) -> None:
         """Do one piece of a lane's round."""
         assert lane.round is not None
-        begin = time.perf_counter()
+        begin = self._clock()
         try:
             next(lane.round)
         except StopIteration:
@@ -661,7 +673,7 @@ class Engine:
         except Exception as error:
             self._fail(lane, error, lane.in_round)
         finally:
-            lane.served += (time.perf_counter() - begin) / _WEIGHTS[lane.priority]
+            lane.served += (self._clock() - begin) / _WEIGHTS[lane.priority]
 
     def _grace(self, lane: _Lane) -> None:
         """Wait a moment for quick rewards in workers, so that their rows do not miss a round."""

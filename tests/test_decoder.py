@@ -101,7 +101,7 @@ def test_a_candidate_that_ends_the_reply_is_judged_as_finished() -> None:
         return 0.0
 
     deltas, report = reply(guard(TableReward(reward), segment_size=4), certain("a", "b"))
-    assert asked == [("ab", True), ("ab", True)]
+    assert asked == [("ab", True)]
     assert text_of(deltas) == "ab"
     assert isinstance(report, Report)
     assert report.finish_reason == "stop"

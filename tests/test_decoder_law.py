@@ -179,6 +179,7 @@ def decode(
     model: ScriptedLanguageModel | None = None,
     max_tokens: int = MAX_TOKENS,
     stop: Sequence[str] = (),
+    lazy: bool = False,
 ) -> list[tuple[str, Report | Exception]]:
     """Return the reply for each seed, decoded by the real decoder, `num_rows` at a time."""
     model = model or ScriptedLanguageModel(script)
@@ -204,7 +205,7 @@ def decode(
                     segment_size=SEGMENT_SIZE,
                 )
             )
-        for _ in advance(model, rows, workers=workers, notify=lambda: None):
+        for _ in advance(model, rows, workers=workers, notify=lambda: None, lazy=lazy):
             pass
         rows = [row for row in rows if not row.ended]
     replies = []
@@ -282,14 +283,14 @@ def test_replies_have_the_law_of_the_rule_however_they_are_scheduled(
     assert chi_square(seen, law("linear", "fallback")) > FALSE_ALARM / NUM_TESTS
 
 
-@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize(("count", "lazy"), [(2, True), (4, False), (4, True), (8, False)])
 @pytest.mark.parametrize(("schedule", "on_exhausted"), CASES)
-def test_a_reply_does_not_depend_on_how_many_are_drafted_at_once(
-    schedule: str, on_exhausted: str, count: int
+def test_a_reply_does_not_depend_on_how_many_are_drafted_or_judged_at_once(
+    schedule: str, on_exhausted: str, count: int, lazy: bool
 ) -> None:
     seeds = range(150)
     one = decode(policy(schedule, on_exhausted, count=1), seeds, num_rows=7)
-    many = decode(policy(schedule, on_exhausted, count=count), seeds, num_rows=32)
+    many = decode(policy(schedule, on_exhausted, count=count), seeds, num_rows=32, lazy=lazy)
     assert [text for text, _ in one] == [text for text, _ in many]
     for (_, a), (_, b) in zip(one, many, strict=True):
         if isinstance(a, Report):
@@ -420,10 +421,34 @@ def held_back(count: int, **settings: Any) -> Policy:
     return dataclasses.replace(policy("constant", "refuse", count=count), holdback=1, **settings)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_taking_back_does_not_depend_on_how_many_are_drafted_at_once(count: int) -> None:
+@pytest.mark.parametrize(("count", "lazy"), [(2, False), (4, False), (4, True)])
+def test_taking_back_does_not_depend_on_how_many_are_drafted_at_once(
+    count: int, lazy: bool
+) -> None:
     seeds = range(300)
     one = decode(held_back(1), seeds)
-    many = decode(held_back(count), seeds)
+    many = decode(held_back(count), seeds, lazy=lazy)
     assert [text for text, _ in one] == [text for text, _ in many]
     assert any(isinstance(last, Report) and last.num_takebacks for _, last in one)
+
+
+def test_a_lazy_reward_is_asked_about_no_candidate_after_the_one_that_is_kept() -> None:
+    def asked(lazy: bool) -> int:
+        count = 0
+
+        def counting(text: str, finished: bool) -> float:
+            nonlocal count
+            count += bool(text) or finished
+            return value(text, finished)
+
+        guard = dataclasses.replace(
+            policy("linear", "fallback", count=3),
+            objective=TableReward(counting, name="value"),
+            constraints=(),
+        )
+        replies = decode(guard, range(60), lazy=lazy)
+        attempts = sum(last.num_attempts for _, last in replies if isinstance(last, Report))
+        assert count == attempts if lazy else count > attempts
+        return attempts
+
+    assert asked(True) == asked(False)
