@@ -1,0 +1,612 @@
+"""What makes a turn sensitive: routers, and what becomes of one that fails or doubts.
+
+Knows messages, rewards and routes; nothing of graphs. A router asks reward models and calls no
+chat model, so that nothing of its work can be streamed. Doubt is guarded: an error, a wait that
+is too long, an answer that is no route, or a thread that cannot be judged all say so.
+"""
+
+import asyncio
+import contextvars
+import inspect
+import json
+import logging
+import math
+import re
+import threading
+import unicodedata
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeAlias
+
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    HumanMessage,
+    RemoveMessage,
+    SystemMessage,
+)
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import set_config_context
+
+from langchain_stars.engine import Engine, engine_for
+from langchain_stars.rewards.algebra import Constraint
+from langchain_stars.rewards.base import Chat, Reward
+
+_log = logging.getLogger(__name__)
+
+Route: TypeAlias = Literal["guarded", "fast"]
+"""How a turn is answered: by guarded decoding, or without a guard."""
+
+ROUTES: Final[tuple[Route, ...]] = ("guarded", "fast")
+
+Reason: TypeAlias = Literal[
+    "safe",
+    "sensitive",
+    "named",
+    "sticky",
+    "failed",
+    "empty",
+    "unreadable",
+    "unknown",
+    "timeout",
+    "error",
+]
+"""Why a turn takes its route.
+
+`safe` and `sensitive`: the thread was judged. `named`: a router said so and no more. `sticky`: an
+earlier turn was guarded. `failed`: the fast model did not answer. The others are doubts: an
+`empty` thread, an `unreadable` one (images, or more text than is judged), an answer that is no
+route (`unknown`), a `timeout`, an `error`.
+"""
+
+_MAX_HUNG = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What a router says of a thread.
+
+    Attributes:
+        route: The route.
+        reason: Why.
+        reward: The worst reward of the thread, in the reward's units; None where none was had.
+        floor: The reward that was asked; None where none was.
+    """
+
+    route: Route
+    reason: Reason = "named"
+    reward: float | None = None
+    floor: float | None = None
+
+
+Answer: TypeAlias = Route | Decision
+"""What a router returns; anything else is doubt."""
+
+Router: TypeAlias = (
+    Callable[[Sequence[BaseMessage]], Answer | Awaitable[Answer]]
+    | Runnable[Sequence[BaseMessage], Answer]
+)
+"""Names the route of a thread: a function of its messages, plain or asynchronous, or a runnable."""
+
+
+def safety_router(*, floor: float | None = None, **settings: Any) -> "RewardRouter":
+    """Return the router that judges a thread with the bundled safety reward.
+
+    Args:
+        floor: The reward below which a turn is guarded; the shipped one if not given.
+        settings: What `RewardRouter` takes.
+    """
+    from langchain_stars.rewards import bundled
+
+    reward = bundled.safety()
+    return RewardRouter(reward, floor=reward.floor if floor is None else floor, **settings)
+
+
+class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
+    """Guards a turn when a reward expects too little of a reply to it.
+
+    The reward of the empty open reply says what a reply to the thread is expected to be worth.
+    Asked are the last `num_turns` turns: together, as the conversation that they are, and every
+    message by itself that somebody else than the assistant wrote (tool results too, and an
+    assistant message that the reply would continue), so that nothing hides among harmless text.
+    Each is judged as it is, and as it reads once invisible characters, look-alike letters and
+    the like are undone. The worst of these rewards decides.
+
+    The system message that begins a thread is the application's own and is not judged.
+
+    Attributes:
+        reward: What is asked.
+        floor: The reward below which a turn is guarded, in the reward's units.
+        num_turns: Turns that are judged, at least 1.
+        max_characters: Most characters, at least 100, judged at once; longer messages are judged
+            in overlapping pieces of that length.
+        max_views: Most pieces of text judged for a thread, at least 1; a thread that needs more is
+            guarded without asking.
+        timeout: Seconds, above 0, to wait for the reward; None is no limit.
+        device: Device whose engine asks the reward; None is the one that its model is on.
+
+    Args:
+        reward: A reward, or a constraint such as `safety >= 0.6`, which brings the floor.
+        floor: The floor; the reward's own if not given.
+        num_turns: See above.
+        max_characters: See above.
+        max_views: See above.
+        timeout: See above.
+        device: See above.
+
+    Raises:
+        ValueError: A setting is out of range, or there is no floor.
+    """
+
+    def __init__(
+        self,
+        reward: Reward | Constraint,
+        *,
+        floor: float | None = None,
+        num_turns: int = 3,
+        max_characters: int = 2000,
+        max_views: int = 64,
+        timeout: float | None = 5.0,
+        device: str | None = None,
+    ) -> None:
+        if isinstance(reward, Constraint):
+            if floor is not None:
+                raise ValueError("`floor` is given twice: the constraint brings its own")
+            reward, floor = reward.reward, reward.floor
+        floor = reward.floor if floor is None else floor
+        if floor is None:
+            raise ValueError(f"`floor` must be given: the reward {reward.name} brings none")
+        if not math.isfinite(floor):
+            raise ValueError(f"`floor` must be finite, got {floor}")
+        for name, value, least in (
+            ("num_turns", num_turns, 1),
+            ("max_characters", max_characters, 100),
+            ("max_views", max_views, 1),
+        ):
+            if value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}")
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"`timeout` must be above 0, got {timeout}")
+        self.reward = reward
+        self.floor = float(floor)
+        self.num_turns = num_turns
+        self.max_characters = max_characters
+        self.max_views = max_views
+        self.timeout = timeout
+        self.device = device
+
+    def invoke(
+        self,
+        input: Sequence[BaseMessage],
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
+    ) -> Decision:
+        """Return the route of a thread, and why."""
+        chats = self._views(input)
+        if isinstance(chats, Decision):
+            return chats
+        engine = self._engine()
+        return self._decide(engine.judge(self.reward, chats, timeout=self.timeout))
+
+    async def ainvoke(
+        self,
+        input: Sequence[BaseMessage],
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
+    ) -> Decision:
+        """Await the route of a thread, and why."""
+        chats = self._views(input)
+        if isinstance(chats, Decision):
+            return chats
+        engine = self._engine()
+        return self._decide(await engine.ajudge(self.reward, chats, timeout=self.timeout))
+
+    __call__ = invoke
+
+    def load(self) -> None:
+        """Load the reward now, so that the first turn need not wait for it."""
+        self.reward.load()
+
+    def _engine(self) -> Engine:
+        devices = [getattr(leaf.scorer, "device", None) for leaf in self.reward.leaves]
+        return engine_for(self.device or next(filter(None, devices), "cpu"))
+
+    def _views(self, messages: Sequence[BaseMessage]) -> "list[Chat] | Decision":
+        try:
+            chats = views(messages, num_turns=self.num_turns, max_characters=self.max_characters)
+        except UnreadableError:
+            return Decision(route="guarded", reason="unreadable", floor=self.floor)
+        if not chats:
+            return Decision(route="guarded", reason="empty", floor=self.floor)
+        if len(chats) > self.max_views:
+            return Decision(route="guarded", reason="unreadable", floor=self.floor)
+        return chats
+
+    def _decide(self, values: Sequence[float | None]) -> Decision:
+        rewards = [value for value in values if value is not None]
+        if len(rewards) < len(values):
+            return Decision(route="guarded", reason="error", floor=self.floor)
+        worst = min(rewards)
+        if worst >= self.floor:
+            return Decision(route="fast", reason="safe", reward=worst, floor=self.floor)
+        return Decision(route="guarded", reason="sensitive", reward=worst, floor=self.floor)
+
+
+# Asking a router
+
+
+def decide(
+    router: Router,
+    messages: Sequence[BaseMessage],
+    *,
+    timeout: float | None = None,
+    config: RunnableConfig | None = None,
+) -> Decision:
+    """Return what a router says of a thread; where it fails or doubts, that it is guarded.
+
+    Args:
+        router: The router; one that hangs is abandoned in its thread, and where too many hang,
+            none is asked any more.
+        messages: The thread.
+        timeout: Seconds, above 0, that it has; None is no limit.
+        config: What the models that it calls inherit.
+    """
+    if not messages:
+        return Decision(route="guarded", reason="empty")
+    try:
+        call = _Call(router, messages, config)
+        try:
+            return _checked(call.answer.result(timeout))
+        finally:
+            call.abandon()
+    except Exception as error:
+        return _doubt(error)
+
+
+async def adecide(
+    router: Router,
+    messages: Sequence[BaseMessage],
+    *,
+    timeout: float | None = None,
+    config: RunnableConfig | None = None,
+) -> Decision:
+    """Await what `decide` returns; an asynchronous router runs on this event loop."""
+    if not messages:
+        return Decision(route="guarded", reason="empty")
+    asked = _acall(router, messages, config)
+    with set_config_context(config or {}) as context:
+        task = asyncio.get_running_loop().create_task(asked, context=context)
+        try:
+            # A router may refuse to be cancelled: it is not waited for, even so.
+            await asyncio.wait({task}, timeout=timeout)
+            if not task.done():
+                raise TimeoutError
+            if task.cancelled():
+                raise RuntimeError
+            return _checked(task.result())
+        except Exception as error:
+            return _doubt(error)
+        finally:
+            task.cancel()
+            task.add_done_callback(_retrieve)
+
+
+def _retrieve(task: "asyncio.Task[Any]") -> None:
+    """Look at what became of an abandoned router, so that nobody is told of it with its words."""
+    if not task.cancelled():
+        task.exception()
+
+
+async def _acall(
+    router: Router, messages: Sequence[BaseMessage], config: RunnableConfig | None
+) -> Any:
+    if isinstance(router, Runnable):
+        return await router.ainvoke(list(messages), config)
+    if _is_async(router):
+        return await router(list(messages))  # type: ignore[misc]
+    call = _Call(router, messages, config, awaits=False)
+    try:
+        answer = await asyncio.wrap_future(call.answer)
+    finally:
+        call.abandon()
+    return await answer if inspect.isawaitable(answer) else answer
+
+
+def _is_async(router: Any) -> bool:
+    call = type(router).__call__
+    return inspect.iscoroutinefunction(router) or inspect.iscoroutinefunction(call)
+
+
+class _Call:
+    """Asks a router in a thread of its own, which ends with it."""
+
+    _lock: Final = threading.Lock()
+    _num_hung = 0
+
+    def __init__(
+        self,
+        router: Router,
+        messages: Sequence[BaseMessage],
+        config: RunnableConfig | None,
+        *,
+        awaits: bool = True,
+    ) -> None:
+        if _Call._num_hung >= _MAX_HUNG:
+            raise RuntimeError(f"{_Call._num_hung} routers hang; no further one is asked")
+        self.answer: Future[Any] = Future()
+        self._router = router
+        self._messages = list(messages)
+        self._config = config
+        self._awaits = awaits
+        self._hangs = False
+        context = contextvars.copy_context()
+        threading.Thread(
+            target=context.run, args=(self._run,), name="stars-router", daemon=True
+        ).start()
+
+    def _run(self) -> None:
+        self.answer.set_running_or_notify_cancel()
+        try:
+            with set_config_context(self._config or {}) as context:
+                answer = context.run(self._ask)
+        except BaseException as error:  # whatever a router raises, the thread must tell
+            self._end(None, _Failure(type(error)))
+        else:
+            self._end(answer, None)
+
+    def _ask(self) -> Any:
+        if isinstance(self._router, Runnable):
+            return self._router.invoke(self._messages, self._config)
+        answer = self._router(self._messages)
+        if self._awaits and inspect.isawaitable(answer):
+            return asyncio.run(_awaited(answer))
+        return answer
+
+    def _end(self, answer: Any, error: Exception | None) -> None:
+        with _Call._lock:
+            if self._hangs:
+                _Call._num_hung -= 1
+            if error is not None:
+                self.answer.set_exception(error)
+            else:
+                self.answer.set_result(answer)
+
+    def abandon(self) -> None:
+        """Stop waiting for the answer."""
+        with _Call._lock:
+            if not self.answer.done() and not self._hangs:
+                self._hangs = True
+                _Call._num_hung += 1
+
+
+class _Failure(Exception):
+    """What a router raised in its thread; the error itself may be none that a future can hold."""
+
+    def __init__(self, kind: type[BaseException]) -> None:
+        self.kind = kind
+        super().__init__(kind.__name__)
+
+
+async def _awaited(answer: Awaitable[Any]) -> Any:
+    return await answer
+
+
+def _checked(answer: Any) -> Decision:
+    """Return a decision; an answer that is no route is doubt."""
+    if isinstance(answer, Decision) and answer.route in ROUTES:
+        return answer
+    for route in ROUTES:
+        if isinstance(answer, str) and answer == route:
+            return Decision(route=route)
+    _log.warning("the router answered %s, which is no route", type(answer).__name__)
+    return Decision(route="guarded", reason="unknown")
+
+
+def _doubt(error: Exception) -> Decision:
+    kind = error.kind if isinstance(error, _Failure) else type(error)
+    _log.warning("the router failed: %s", kind.__name__)
+    reason: Reason = "timeout" if issubclass(kind, TimeoutError) else "error"
+    return Decision(route="guarded", reason=reason)
+
+
+# What is judged of a thread
+
+
+_Part: TypeAlias = tuple[str, str]
+"""Role and text of a message."""
+
+
+class UnreadableError(ValueError):
+    """A message holds something that is not text; says of which type it is, and no more."""
+
+
+def views(messages: Sequence[BaseMessage], *, num_turns: int, max_characters: int) -> list[Chat]:
+    """Return the chats, each to be judged with an empty reply, that show what a thread asks.
+
+    Args:
+        messages: The thread.
+        num_turns: Turns from the end that are shown, at least 1. A turn begins at a human message
+            that does not follow another.
+        max_characters: Most characters of a chat; what is longer is shown in overlapping pieces.
+
+    Raises:
+        UnreadableError: A message holds something that is not text.
+    """
+    turns = _turns(messages)[-num_turns:]
+    chats: dict[tuple[_Part, ...], None] = {}
+    for plain in (_as_it_is, _as_it_reads, _with_what_it_hides):
+        whole = _merged((role, plain(text)) for turn in turns for role, text in turn)
+        chats.update(dict.fromkeys(_last(whole, max_characters)))
+        for turn in turns:
+            texts = [plain(text) for role, text in turn if role == "user"]
+            for text in (*texts, "\n\n".join(texts)):
+                for piece in _pieces(text.strip(), max_characters):
+                    chats[(("user", piece),)] = None
+    return [[{"role": role, "content": text} for role, text in chat] for chat in chats if chat]
+
+
+def _turns(messages: Sequence[BaseMessage]) -> list[list[_Part]]:
+    """Return role and text of the messages, by turns; whatever may be anybody's is the user's."""
+    kept = [message for message in messages if not isinstance(message, RemoveMessage)]
+    if kept and isinstance(kept[0], SystemMessage):
+        del kept[0]
+    first = next((i for i, message in enumerate(kept) if not _is_reply(message)), len(kept))
+    last = next(
+        (len(kept) - i for i, message in enumerate(reversed(kept)) if not _is_reply(message)), 0
+    )
+    turns: list[list[_Part]] = []
+    for place, message in enumerate(kept):
+        follows = place > 0 and isinstance(kept[place - 1], HumanMessage)
+        if not turns or (isinstance(message, HumanMessage) and not follows and place > first):
+            turns.append([])
+        # What is said before the first question, or would be continued, a caller may have made up.
+        replied = _is_reply(message) and first < place < last
+        text = _text(message)
+        if text.strip():
+            turns[-1].append(("assistant" if replied else "user", text))
+    return turns
+
+
+def _is_reply(message: BaseMessage) -> bool:
+    return isinstance(message, AIMessage) or (
+        isinstance(message, ChatMessage) and message.role in ("assistant", "ai")
+    )
+
+
+_IN_WORDS = ("text", "refusal", "reasoning", "thinking")
+
+
+def _text(message: BaseMessage) -> str:
+    """Return everything that a message says in words, the arguments of tool calls included."""
+    parts: list[str] = []
+    blocks = [message.content] if isinstance(message.content, str) else message.content
+    for block in blocks:
+        if isinstance(block, str):
+            parts.append(block)
+        elif block.get("type") in _IN_WORDS:
+            parts += [block[key] for key in _IN_WORDS if isinstance(block.get(key), str)]
+        elif not (_is_reply(message) and block.get("type") in ("tool_call", "tool_use")):
+            raise UnreadableError(f"a {message.type} message holds a block that is not text")
+    if isinstance(message, AIMessage):
+        parts += [json.dumps(call["args"], ensure_ascii=False) for call in message.tool_calls]
+    return "\n\n".join(parts)
+
+
+def _merged(parts: Iterable[_Part]) -> list[_Part]:
+    """Join neighbours of one role, as many chat templates want them."""
+    merged: list[_Part] = []
+    for role, text in parts:
+        if merged and merged[-1][0] == role:
+            merged[-1] = (role, f"{merged[-1][1]}\n\n{text}")
+        else:
+            merged.append((role, text))
+    return merged
+
+
+def _last(parts: list[_Part], max_characters: int) -> list[tuple[_Part, ...]]:
+    """Return the end of a conversation as one chat, from a user's message on; none if it is one."""
+    kept: list[_Part] = []
+    room = max_characters
+    for role, text in reversed(parts):
+        if room <= 0:
+            break
+        kept.append((role, text[-room:]))
+        room -= len(text)
+    while kept and kept[-1][0] != "user":
+        kept.pop()
+    return [tuple(reversed(kept))] if len(kept) > 1 else []
+
+
+def _pieces(text: str, max_characters: int) -> list[str]:
+    """Return a text in pieces of which each overlaps the one before by half."""
+    if not text:
+        return []
+    step = max_characters // 2
+    return [
+        text[begin : begin + max_characters]
+        for begin in range(0, max(1, len(text) - max_characters + step), step)
+    ]
+
+
+# How a text reads
+
+_TAGS = range(0xE0020, 0xE007F)
+_SELECTORS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]+")
+_OVERLAYS = re.compile("[\u0334-\u0338\u20d0-\u20ff]")
+_FILLERS = dict.fromkeys([0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164])
+_MARKS = re.compile("[\u0300-\u036f]+")
+_LATIN = re.compile("[A-Za-z]")
+_WORDS = re.compile("[\\w\u0300-\u036f]+")
+_DIGITS = re.compile(r"(?<=[A-Za-z])[013457@$](?=[A-Za-z])")
+_LETTERS_OF_DIGITS = dict(zip("013457@$", "oleastas", strict=True))
+_SPACED = re.compile(r"\b(?:[^\W\d_][ .\-_*|/]){3,}[^\W\d_]\b")
+_SEPARATORS = re.compile(r"[ .\-_*|/]")
+_BLANKS = re.compile(r"[^\S\n]{3,}")
+_LINES = re.compile(r"\n{3,}")
+
+# Letters beside the Latin ones that they look like; what compatibility forms (NFKC) undo is left out.
+_LOOK_ALIKES = """
+аa вb еe ѕs іi јj кk мm нh оo рp сc тt уy хx ԁd ԛq ԝw һh ӏl АA ВB СC ЕE НH ІI ЈJ КK МM ОO РP ЅS ТT ХX УY
+αa βb γy εe ιi κk νv οo ρp τt υu χx ωw ηn ΑA ΒB ΕE ΖZ ΗH ΙI ΚK ΜM ΝN ΟO ΡP ΤT ΥY ΧX
+ɑa ɡg ıi ʙb ᴄc ᴅd ᴇe ɢg ʜh ɪi ᴊj ᴋk ʟl ᴍm ɴn ᴏo ᴘp ʀr ꜱs ᴛt ᴜu ᴠv ᴡw ʏy ᴢz
+"""
+_LATIN_OF = {ord(pair[0]): pair[1] for pair in _LOOK_ALIKES.split()}
+# Letters in circles and squares, and those that flags are made of.
+_LATIN_OF_SYMBOLS = {
+    start + index: chr(ord("a") + index)
+    for start in (0x1F150, 0x1F170, 0x1F1E6)
+    for index in range(26)
+}
+
+
+def _as_it_is(text: str) -> str:
+    return text
+
+
+def _as_it_reads(text: str) -> str:
+    """Return a text as a reader sees it: plain letters, without what is invisible."""
+    return _normalised(_SELECTORS.sub("", text))
+
+
+def _with_what_it_hides(text: str) -> str:
+    """Return a text with the messages written out that invisible characters spell."""
+    spelled = "".join(chr(ord(char) - 0xE0000) if ord(char) in _TAGS else char for char in text)
+    return _normalised(_SELECTORS.sub(_spelled, spelled))
+
+
+def _spelled(match: "re.Match[str]") -> str:
+    """Return the text whose bytes are written as variation selectors."""
+    codes = [ord(char) for char in match.group()]
+    if len(codes) < 2:
+        return ""
+    values = bytes(code - 0xFE00 if code < 0xFE10 else code - 0xE0100 + 16 for code in codes)
+    return "".join(char for char in values.decode(errors="ignore") if char.isprintable())
+
+
+def _normalised(text: str) -> str:
+    text = unicodedata.normalize("NFKC", text.replace("\r\n", "\n"))
+    text = "".join(
+        char
+        for char in text
+        if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cn", "Co", "Cs")
+    )
+    text = _OVERLAYS.sub("", text.translate(_FILLERS))
+    text = text.translate(_LATIN_OF_SYMBOLS)
+    if _LATIN.search(text):
+        text = _WORDS.sub(_latin, text)
+    text = _DIGITS.sub(lambda match: _LETTERS_OF_DIGITS[match.group()], text)
+    text = _SPACED.sub(lambda match: _SEPARATORS.sub("", match.group()), text)
+    return _LINES.sub("\n\n", _BLANKS.sub(" ", text))
+
+
+def _latin(match: "re.Match[str]") -> str:
+    """Return a word in plain Latin letters where it can be read as such, else the word."""
+    word = match.group()
+    parts = unicodedata.normalize("NFD", word)
+    bare = _MARKS.sub("", parts)
+    if len(_MARKS.findall(parts)) > max(2, len(bare) / 2):  # no language marks that many
+        word = bare
+    latin = word.translate(_LATIN_OF)
+    return latin if latin.isascii() else word
