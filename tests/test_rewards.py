@@ -616,7 +616,7 @@ def test_packed_scores_equal_plain_ones(
         assert worst_difference(twin, asked, answers) < TOLERANCE
         seen += [raw for of_request in answers for raw in of_request]
         replies.choose(asked)
-    assert scorer.counters.forwards > 0
+    assert packed_of(scorer).num_rows == 4
     # The model tells these texts apart, by far more than the tolerance.
     assert torch.tensor(seen).std(dim=0).min() > 1000 * TOLERANCE
 
@@ -646,6 +646,56 @@ def packed_of(scorer: SequenceClassifier) -> packed.PackedModel:
     runner = scorer._runner
     assert isinstance(runner, classifiers._KeepingRunner)
     return runner._packed
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_is_asked_of_whom_the_scores_are_those_of_the_plain_model(
+    seed: int, make_folder: Callable[..., Path], tokenizer: Any
+) -> None:
+    """With three tokens only, and one of them padding, candidates are alike wherever they can be."""
+    rng = random.Random(seed)
+    letters = [tokenizer(letter)["input_ids"][0] for letter in "abc"]
+    folder = make_folder("mistral", num_labels=1, seed=6)
+    scorer, twin = SequenceClassifier(folder), Twin(folder)
+    scorer.load()
+    for model in (packed_of(scorer), twin.model.config):
+        name = "_pad" if isinstance(model, packed.PackedModel) else "pad_token_id"
+        setattr(model, name, letters[0])
+    replies = Replies(tokenizer, 4, seed=seed, lanes=("one", "one", "one", "two"))
+    tried: list[list[tuple[int, ...]]] = [[()] for _ in replies.subjects]
+
+    def some() -> tuple[int, ...]:
+        return tuple(rng.choices(letters, k=rng.randint(0, 4)))
+
+    for _ in range(25):
+        asked = []
+        for index in rng.sample(range(4), rng.randint(1, 4)):
+            kept = replies.accepted[index]
+            ways = [
+                lambda kept=kept: kept,
+                lambda kept=kept: kept[: rng.randint(0, len(kept))],
+                lambda kept=kept: kept + some(),
+                lambda kept=kept: some()[:1] + kept[1:] + some(),
+                lambda index=index: rng.choice(tried[index]),
+            ]
+            accepted = replies.accepted[index] = rng.choice(ways)()[:20]
+            candidates = [
+                rng.choice([accepted + some(), accepted[: rng.randint(0, len(accepted))]])
+                for _ in range(rng.randint(1, 4))
+            ]
+            tried[index] += candidates
+            asked.append(
+                ScoreRequest(
+                    subject=replies.subjects[index],
+                    accepted=replies.completion(accepted),
+                    candidates=tuple(
+                        replies.completion(ids, finished=rng.random() < 0.3) for ids in candidates
+                    ),
+                )
+            )
+        assert worst_difference(twin, asked, scorer.score(asked)) < TOLERANCE
+        if rng.random() < 0.2:
+            scorer.release(replies.subjects[rng.randrange(4)])
 
 
 def test_each_token_is_read_once(keeping: SequenceClassifier, tokenizer: Any) -> None:
@@ -1172,7 +1222,10 @@ def test_an_encoder_gives_a_text_the_same_score_among_longer_ones(
 ) -> None:
     scorer = SequenceClassifier(make_folder("bert", num_labels=1, seed=4))
     texts = ["Hi", "Hello there, is there any bread left?", " ".join(WORDS), "No."]
+    scorer.load()
+    before = scorer.counters.forwards
     [together] = scorer.score([request(*texts)])
+    assert scorer.counters.forwards == before + 1
     for text, raw in zip(texts, together, strict=True):
         assert scorer.score([request(text)])[0][0] == pytest.approx(raw, abs=TOLERANCE)
 
