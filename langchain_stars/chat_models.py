@@ -97,7 +97,6 @@ _PROVIDER = "langchain-stars"
 _VERSION = version("langchain-stars")
 _MAX_HORIZON = 128
 _MAX_CONCURRENCY = 128
-_FEWEST_ROWS = 64
 
 _priority: ContextVar[Priority] = ContextVar("langchain_stars_priority", default="interactive")
 
@@ -245,12 +244,11 @@ class ChatStars(BaseChatModel):
                 stacklevel=2,
             )
         named_reward = values.get("reward") is not None
-        named_constraints = bool(values.get("constraints"))
-        if "reward" not in values and not named_constraints:
+        constraints = values.get("constraints")
+        if "reward" not in values and (constraints is None or constraints == []):
             values["reward"] = _bundled_reward()
-        if values.get("constraints") is None:
-            left_out = "constraints" not in values or values["constraints"] is None
-            values["constraints"] = [_bundled_constraint()] if left_out and not named_reward else []
+        if constraints is None:
+            values["constraints"] = [] if named_reward else [_bundled_constraint()]
         return values
 
     @field_validator("model", mode="before")
@@ -450,7 +448,7 @@ class ChatStars(BaseChatModel):
         identity: dict[str, Any] = {"name": self.model}
         identity |= {name: _plain(getattr(self, name)) for name in _LOADING}
         folder = _folder_of(self.model)
-        if folder is not None:
+        if folder is not None and folder.is_dir():
             identity["files"] = [
                 [entry.name, entry.stat().st_size, entry.stat().st_mtime_ns]
                 for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -577,8 +575,10 @@ class ChatStars(BaseChatModel):
         if "constraints" in changes:
             changes["constraints"] = self._more_constraints(changes["constraints"])
         if "model" in changes and changes["model"] != self.model:
-            # What was said of one model, its revision and its code, does not hold for another.
-            changes = {name: _default_of(name) for name in _OF_ONE_MODEL} | changes
+            # What was said of one model, of its revision and its code, does not hold for another.
+            changes = {name: _default_of(name) for name in _LOADING if name != "device"} | changes
+            if isinstance(changes["model"], LanguageModel):
+                changes["device"] = None
         if "max_tokens" in changes and self.horizon is None and "horizon" not in changes:
             with contextlib.suppress(TypeError):  # the validation below says what is wrong
                 if changes["max_tokens"] > self.max_tokens:
@@ -931,7 +931,7 @@ class ChatStars(BaseChatModel):
 
     def _roomy(self, config: Any, num_inputs: int) -> Any:
         """Return the configuration of a batch, with as many calls at once as can share rounds."""
-        rows = self.model.max_rows if isinstance(self.model, LanguageModel) else _FEWEST_ROWS
+        rows = self.model.max_rows if isinstance(self.model, LanguageModel) else 1
         room = max(1, min(num_inputs, _MAX_CONCURRENCY, rows + self.max_queue))
         if config is None or isinstance(config, Mapping):
             config = dict(config or {})
@@ -957,16 +957,11 @@ _LOADING = (
 )
 """Settings of a language model that is named."""
 
-_OF_ONE_MODEL = (
-    "revision",
-    "trust_remote_code",
-    "chat_template",
-    "context_length",
-    "model_kwargs",
-)
-
 _PER_CALL = (
-    frozenset(ChatStars.model_fields) - frozenset(BaseChatModel.model_fields) - {"streaming"}
+    frozenset(ChatStars.model_fields)
+    - frozenset(BaseChatModel.model_fields)
+    - frozenset(_LOADING)
+    - {"streaming"}
 )
 
 _TOLERATED = frozenset({"api_key", "base_url", "max_retries"})
