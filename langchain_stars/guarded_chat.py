@@ -13,11 +13,12 @@ from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import BaseMessage
 from langchain_core.runnables import (
     Runnable,
-    RunnableBinding,
+    RunnableBranch,
     RunnableConfig,
     RunnableLambda,
     RunnableSequence,
 )
+from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.configurable import (
     DynamicRunnable,
     RunnableConfigurableAlternatives,
@@ -196,7 +197,7 @@ def _routed(reply: BaseMessage, route: Route) -> BaseMessage:
 
 def _telling(model: Any) -> Any:
     """Return a model whose kept segments are written to the graph's `custom` stream too."""
-    if isinstance(model, RunnableBinding):
+    if isinstance(model, RunnableBindingBase):
         return model.model_copy(update={"bound": _telling(model.bound)})
     if not isinstance(model, ChatStars):
         return model
@@ -238,7 +239,7 @@ def _models(model: Any, config: RunnableConfig | None) -> list[Any]:
     if isinstance(model, BaseChatModel) or not isinstance(model, Runnable):
         return [model]
     parts: list[Any] = []
-    if isinstance(model, RunnableBinding):
+    if isinstance(model, RunnableBindingBase):
         parts = [model.bound]
     elif isinstance(model, DynamicRunnable) and config is not None:
         parts = [model.prepare(config)[0]]
@@ -250,4 +251,6 @@ def _models(model: Any, config: RunnableConfig | None) -> list[Any]:
         parts = list(model.runnables)
     elif isinstance(model, RunnableSequence):
         parts = list(model.steps)
+    elif isinstance(model, RunnableBranch):
+        parts = [*(branch for _, branch in model.branches), model.default]
     return [each for part in parts for each in _models(part, config)]
