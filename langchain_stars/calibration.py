@@ -201,7 +201,7 @@ def calibrate(
                     chat=chat,
                     prompt_ids=language_model.encode(chat),
                     policy=accept_all,
-                    sampling=sampling or Sampling(),
+                    sampling=sampling or language_model.sampling,
                     max_tokens=max_tokens,
                     seed=seed + sample,
                     priority="batch",

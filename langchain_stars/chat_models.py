@@ -20,7 +20,7 @@ from collections.abc import (
     Sequence,
 )
 from contextvars import ContextVar
-from dataclasses import asdict
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -94,6 +94,7 @@ BUNDLED = "bundled"
 """Name of the small language model that comes with the package."""
 
 _PROVIDER = "langchain-stars"
+_BUNDLED_FOLDER = Path(__file__).resolve().parent / "bundled"
 _VERSION = version("langchain-stars")
 _MAX_HORIZON = 128
 _MAX_CONCURRENCY = 128
@@ -159,9 +160,11 @@ class ChatStars(BaseChatModel):
         max_takebacks: How often in a reply they are, at least 0.
         refusal_message: The application's words where a reply ends without a segment.
         reward_timeout: Seconds that a reward which runs in a worker has for a call.
-        temperature: Divides the logits; 0 takes the likeliest token. Not `beta`.
+        temperature: Divides the logits; 0 takes the likeliest token. Not `beta`. This and the
+            next four are the checkpoint's own (of its `generation_config.json`) if not given; if
+            it has none, tokens are drawn with the probabilities that the model gives them.
         top_p: Share of probability kept, in (0, 1].
-        top_k: Number of tokens kept; None keeps all.
+        top_k: Number of tokens kept, at least 1.
         min_p: Least probability kept, relative to the likeliest token, in [0, 1].
         repetition_penalty: Above 1 makes tokens less likely that have occurred.
         max_tokens: Most tokens of a reply, at least 1.
@@ -200,11 +203,11 @@ class ChatStars(BaseChatModel):
     max_takebacks: int = 2
     refusal_message: str = DEFAULT_REFUSAL
     reward_timeout: float | None = 30.0
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
     top_k: int | None = None
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     max_tokens: int = Field(default=256, ge=1)
     stop: list[str] = Field(default_factory=list, alias="stop_sequences")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
@@ -282,7 +285,7 @@ class ChatStars(BaseChatModel):
 
     @model_validator(mode="after")
     def _check_stars_settings(self) -> "ChatStars":
-        self._sampling()
+        Sampling(**self._sampling())
         self._policy()
         if isinstance(self.num_candidates, int) and self.num_candidates < 1:
             raise ValueError(
@@ -351,17 +354,13 @@ class ChatStars(BaseChatModel):
         )
 
     def _copy(self, changes: Mapping[str, Any]) -> "ChatStars":
-        fields = {name: getattr(self, name) for name in type(self).model_fields}
-        return type(self)(**{**fields, **changes})
+        settings = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**{**settings, **changes})
 
-    def _sampling(self) -> Sampling:
-        return Sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-        )
+    def _sampling(self) -> dict[str, Any]:
+        """Return the settings of sampling that are given."""
+        given = {field.name: getattr(self, field.name) for field in fields(Sampling)}
+        return {name: value for name, value in given.items() if value is not None}
 
     def _policy(self) -> Policy | None:
         """Return the guard; None where nothing judges."""
@@ -464,7 +463,7 @@ class ChatStars(BaseChatModel):
             "model": self._model_identity(),
             "policy": policy.identity if policy else None,
             "segment_size": self.segment_size,
-            "sampling": asdict(self._sampling()),
+            "sampling": self._sampling(),
             "max_tokens": self.max_tokens,
             "stop": self.stop,
             "seed": self.seed,
@@ -490,7 +489,7 @@ class ChatStars(BaseChatModel):
         policy = self._policy()
         return {
             "model": _name_of(self.model),
-            **asdict(self._sampling()),
+            **self._sampling(),
             "max_tokens": self.max_tokens,
             "seed": self.seed,
             "guarded": self.guarded,
@@ -515,9 +514,10 @@ class ChatStars(BaseChatModel):
             ls_provider=_PROVIDER,
             ls_model_name=_name_of(of_call("model")),
             ls_model_type="chat",
-            ls_temperature=of_call("temperature"),
             ls_max_tokens=of_call("max_tokens"),
         )
+        if of_call("temperature") is not None:
+            params["ls_temperature"] = of_call("temperature")
         strings = stop or kwargs.get("stop_sequences") or self.stop
         if strings:
             params["ls_stop"] = list(strings)
@@ -672,7 +672,7 @@ class ChatStars(BaseChatModel):
             chat=chat,
             prompt_ids=prompt_ids,
             policy=policy,
-            sampling=chat_model._sampling(),
+            sampling=replace(language_model.sampling, **chat_model._sampling()),
             max_tokens=min(chat_model.max_tokens, room),
             stop=tuple(chat_model.stop),
             seed=chat_model.seed,
@@ -1053,7 +1053,7 @@ def _name_of(model: Any) -> str:
 def _folder_of(model: str) -> Path | None:
     """Return the folder that a name means; None for a model of the hub."""
     if model == BUNDLED:
-        return Path(__file__).parent / "bundled" / "language_model"
+        return _BUNDLED_FOLDER / "language_model"
     folder = Path(model).expanduser()
     return folder if folder.is_dir() else None
 

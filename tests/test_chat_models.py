@@ -4,10 +4,12 @@ import asyncio
 import json
 import logging
 import math
+import shutil
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,8 @@ from langchain_stars.chat_models import (
 )
 from langchain_stars.decoder import GuardExhausted, Segment
 from langchain_stars.engine import DeadlineExceededError, EngineError, QueueFullError, engine_for
-from langchain_stars.language_models import load_language_model
-from langchain_stars.language_models.base import Chat, Drafting, Request
+from langchain_stars.language_models import LocalLanguageModel, load_language_model
+from langchain_stars.language_models.base import Chat, Drafting, Request, Sampling
 from langchain_stars.rewards import Constraint, Reward, as_reward, bundled
 from langchain_stars.testing import ScriptedLanguageModel, TableReward
 
@@ -742,6 +744,25 @@ def test_a_ceiling_bounds_the_candidates_drafted_at_once() -> None:
         assert widest == ceiling
 
 
+def test_a_checkpoint_is_sampled_as_it_says_where_nobody_says_otherwise(
+    make_folder: FolderMaker, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(make_folder("llama"), folder)
+    for said, expected in (
+        ({}, Sampling()),
+        ({"temperature": 0.8, "top_p": 0.95}, Sampling(temperature=0.8, top_p=0.95)),
+    ):
+        (folder / "generation_config.json").write_text(json.dumps(said))
+        model = LocalLanguageModel(folder)
+        chat_model = ChatStars(model=model, reward=None, constraints=[])
+        settings = {"streamed": False}
+        _, order = chat_model._order([HumanMessage("hi")], None, {}, **settings)
+        assert order.sampling == expected
+        _, order = chat_model._order([HumanMessage("hi")], None, {"top_p": 1.0}, **settings)
+        assert order.sampling == replace(expected, top_p=1.0)
+
+
 # The guard that is assumed
 
 
@@ -874,7 +895,7 @@ def test_settings_of_a_call_are_part_of_the_key_of_the_cache() -> None:
     for number, settings in enumerate(calls, 1):
         model.invoke("hi", **settings)
         assert len(cache._cache) == number
-    for settings in ({"seed": 7}, {"temperature": None}, {"stop": []}, {"temperature": 1.0}):
+    for settings in ({"seed": 7}, {"temperature": None}, {"stop": []}):
         model.invoke("hi", **settings)
     assert len(cache._cache) == len(calls)
 

@@ -163,6 +163,11 @@ class LanguageModel(ABC):
         return "cpu"
 
     @property
+    def sampling(self) -> Sampling:
+        """How it is meant to be sampled, where nobody says otherwise."""
+        return Sampling()
+
+    @property
     def max_rows(self) -> int:
         """Most replies that it draws for at once."""
         return 64

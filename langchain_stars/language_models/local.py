@@ -13,7 +13,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -28,6 +28,7 @@ from langchain_stars.language_models.base import (
     LanguageModel,
     Prefix,
     Request,
+    Sampling,
 )
 from langchain_stars.language_models.drafters import (
     Counts,
@@ -400,6 +401,23 @@ class LocalLanguageModel(LanguageModel):
             if isinstance(length, int) and length > 0:
                 return length
         return _UNLIMITED_CONTEXT
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        """As the checkpoint's generation config says; what it does not say changes nothing."""
+        if self._given is not None:
+            config = getattr(self._given, "generation_config", None)
+        else:
+            from transformers import GenerationConfig
+
+            try:
+                config = GenerationConfig.from_pretrained(
+                    self._base_name, revision=self._source.revision or "main"
+                )
+            except OSError:  # many checkpoints have none
+                config = None
+        said = {field.name: getattr(config, field.name, None) for field in fields(Sampling)}
+        return Sampling(**{name: value for name, value in said.items() if value is not None})
 
     def encode(self, chat: Chat, *, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Return the token ids of a chat by its template; a last assistant message is continued."""
