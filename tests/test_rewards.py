@@ -676,6 +676,7 @@ def test_whatever_is_asked_of_whom_the_scores_are_those_of_the_plain_model(
                 lambda kept=kept: kept[: rng.randint(0, len(kept))],
                 lambda kept=kept: kept + some(),
                 lambda kept=kept: some()[:1] + kept[1:] + some(),
+                lambda index=index: rng.choice(tried[index][-6:]),
                 lambda index=index: rng.choice(tried[index]),
             ]
             accepted = replies.accepted[index] = rng.choice(ways)()[:20]
@@ -787,6 +788,26 @@ def test_an_attempt_whose_tokens_are_gone_is_read_again_and_counted(
     asked = replies.request(0)
     assert worst_difference(twin, [asked], keeping.score([asked])) < TOLERANCE
     assert keeping.counters.refed_tokens == len(kept)
+
+
+def test_the_slots_of_what_was_not_kept_are_not_taken_for_it_later(
+    keeping: SequenceClassifier, tokenizer: Any, reward_folder: Path
+) -> None:
+    replies, twin = Replies(tokenizer, 1), Twin(reward_folder)
+    start = tuple(tokenizer(" the")["input_ids"])
+    one, other = (start + tuple(tokenizer(text)["input_ids"]) for text in (" quick dog", " fox?"))
+    # Kept, another one kept in its place, taken back to before both, the first kept again.
+    for accepted in ((), start, other, one, start, one):
+        replies.accepted[0] = accepted
+        candidates = [start] if not accepted else [one, other] if accepted == start else []
+        asked = ScoreRequest(
+            subject=replies.subjects[0],
+            accepted=replies.completion(accepted),
+            candidates=tuple(
+                replies.completion(ids) for ids in (*candidates, replies.drawn(0), accepted)
+            ),
+        )
+        assert worst_difference(twin, [asked], keeping.score([asked])) < TOLERANCE
 
 
 def test_a_stop_string_may_cut_a_candidate_back_into_what_was_accepted(
