@@ -6,6 +6,7 @@ rounds, candidates, tensors or devices.
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import uuid
@@ -1074,13 +1075,19 @@ def _plain(value: Any) -> Any:
 def _bundled_reward() -> Reward:
     from langchain_stars.rewards import bundled
 
-    return bundled.helpfulness()
+    return _made(bundled.helpfulness)
 
 
 def _bundled_constraint() -> Constraint:
     from langchain_stars.rewards import bundled
 
-    return _with_floor(bundled.safety())
+    return _with_floor(_made(bundled.safety))
+
+
+@functools.cache
+def _made(make: Callable[[], Reward]) -> Reward:
+    """Return a bundled reward, always the same, so that its weights are loaded once."""
+    return make()
 
 
 def _as_constraints(value: Any) -> list[Constraint]:
