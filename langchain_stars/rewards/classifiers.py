@@ -395,6 +395,11 @@ class SequenceClassifier(Scorer):
         }
 
     @property
+    def device(self) -> str:
+        """Device of torch that it runs on."""
+        return self._device
+
+    @property
     def cost(self) -> float:
         """What a token costs, relative to one of the language model."""
         return self._cost
