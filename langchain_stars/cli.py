@@ -1,0 +1,740 @@
+"""The command line: `langchain-stars chat` and `langchain-stars demo`.
+
+Knows arguments, terminals and what a reply says of itself. Each command is a function that takes
+the parser of its arguments, adds them, and returns what runs it; models are imported when one runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import io
+import os
+import shutil
+import sys
+import textwrap
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import langchain_stars
+
+if TYPE_CHECKING:
+    from langchain_core.messages import BaseMessage
+
+Run: TypeAlias = Callable[[argparse.Namespace], int]
+"""Runs a command with its arguments, and returns its exit code."""
+
+_PROGRAM = "langchain-stars"
+_WRONG, _INTERRUPTED = 2, 130
+_MAX_WIDTH = 96
+_MARGIN = 9
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that the arguments name; return its exit code.
+
+    It is 2 where something is wrong with what was asked for, which one line then says.
+    """
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM, description="Chat with models whose replies are judged while they are made."
+    )
+    parser.add_argument("--version", action="version", version=langchain_stars.__version__)
+    commands = parser.add_subparsers(title="commands", metavar="command", required=True)
+    for name, command in _COMMANDS.items():
+        summary = (command.__doc__ or "").partition("\n")[0]
+        of_command = commands.add_parser(name, help=summary, description=summary)
+        of_command.set_defaults(run=command(of_command))
+    parsed = parser.parse_args(arguments)
+    try:
+        return int(parsed.run(parsed))
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:  # who read has gone; nothing more can be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except _expected_errors() as error:
+        sys.stderr.write(f"{_PROGRAM}: {_in_a_line(error)}\n")
+        return _WRONG
+
+
+def _expected_errors() -> tuple[type[BaseException], ...]:
+    """Return what a caller can do something about; anything else is a bug and shows where."""
+    errors: list[type[BaseException]] = [ValueError, TypeError, OSError, ImportError, MemoryError]
+    with contextlib.suppress(ImportError):
+        from langchain_core.exceptions import LangChainException
+
+        errors.append(LangChainException)
+    for module, names in (
+        ("langchain_stars.engine", ("EngineError",)),
+        ("langchain_stars.decoder", ("GuardExhausted",)),
+        ("langchain_stars.rewards.base", ("RewardError",)),
+    ):
+        if module in sys.modules:  # what was not imported cannot have been raised
+            errors += [getattr(sys.modules[module], name) for name in names]
+    return tuple(errors)
+
+
+def _in_a_line(error: BaseException) -> str:
+    """Return what an error says, without line breaks and without what pydantic adds."""
+    details = getattr(error, "errors", None)
+    if callable(details):
+        with contextlib.suppress(Exception):
+            first = details()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            said = str(first["msg"]).removeprefix("Value error, ")
+            return " ".join((f"`{where}`: {said}" if where else said).split())
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# Commands
+
+
+def _chat(parser: argparse.ArgumentParser) -> Run:
+    """Talk with a model, and see at which attempt each segment of a reply was kept."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", metavar="NAME", help="hub id or folder; the bundled one if not given"
+    )
+    model.add_argument("--device", help='as in "cpu" or "cuda"; the best there is if not given')
+    model.add_argument("--dtype", help='as in "bfloat16"; the checkpoint\'s if not given')
+    guard = parser.add_argument_group("guard", "the bundled rewards, if neither of these is given")
+    guard.add_argument(
+        "--reward",
+        metavar="REWARD",
+        help='objective: "helpfulness + 0.5 * sentiment", a hub id, a folder',
+    )
+    guard.add_argument(
+        "--constraint",
+        action="append",
+        metavar="FLOOR",
+        help='what must hold always, as in "safety >= 0.8"; may be given several times',
+    )
+    for name, kind, meaning in (
+        ("target", float, "reward asked of a whole reply"),
+        ("beta", float, "softness of acceptance, in reward units"),
+        ("segment-size", int, "tokens judged at once"),
+        ("max-attempts", int, "attempts of a segment"),
+        ("holdback", int, "accepted segments that are not shown yet"),
+    ):
+        guard.add_argument(f"--{name}", type=kind, metavar="N", help=meaning)
+    guard.add_argument(
+        "--on-exhausted",
+        choices=("fallback", "best", "refuse", "raise"),
+        help="what happens when no attempt is accepted",
+    )
+    sampling = parser.add_argument_group("sampling")
+    for name, kind, meaning in (
+        ("temperature", float, "0 takes the likeliest token"),
+        ("top-p", float, "share of probability kept"),
+        ("max-tokens", int, "most tokens of a reply"),
+        ("seed", int, "the same seed gives the same reply"),
+    ):
+        sampling.add_argument(f"--{name}", type=kind, metavar="N", help=meaning)
+    route = parser.add_argument_group(
+        "route", "the bundled safety reward judges the thread, if not given"
+    )
+    which = route.add_mutually_exclusive_group()
+    which.add_argument("--guarded", action="store_true", help="guard every turn")
+    which.add_argument("--fast", action="store_true", help="guard no turn")
+    route.add_argument(
+        "--floor",
+        type=float,
+        metavar="N",
+        help="safety of the thread below which a turn is guarded",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the thread")
+    parser.add_argument("--once", metavar="TEXT", help="answer this and end")
+    return _run_chat
+
+
+def _demo(parser: argparse.ArgumentParser) -> Run:
+    """Show a guarded conversation with the bundled models: one turn fast, one guarded."""
+    parser.add_argument(
+        "--seed", type=int, default=7, metavar="N", help="another one shows other replies"
+    )
+    return _run_demo
+
+
+_COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {"chat": _chat, "demo": _demo}
+"""What can be run; the first line of each docstring is its summary."""
+
+
+# What the commands do
+
+
+def _run_chat(arguments: argparse.Namespace) -> int:
+    screen = _Screen()
+    with screen.waiting("starting"):
+        app = _graph(arguments)
+        thread = _Thread(app, system=arguments.system)
+    if arguments.once is not None:
+        _tell(screen, thread, arguments.once)
+        return 0
+    if sys.stdin.isatty():
+        _greet(screen, arguments)
+    while True:
+        try:
+            text = _ask(screen)
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            screen.line()
+            screen.paragraph("Ctrl-D ends the chat.", "dim")
+            continue
+        if not text.strip():
+            continue
+        try:
+            _tell(screen, thread, text)
+        except KeyboardInterrupt:
+            screen.paragraph("stopped", "dim")
+        except _expected_errors() as error:
+            screen.paragraph(_in_a_line(error), "red")
+            if not sys.stdin.isatty():
+                raise
+        screen.line()
+    if screen.is_terminal:
+        screen.line()
+    return 0
+
+
+def _ask(screen: _Screen) -> str:
+    """Return what the user says next; raise EOFError when there is nothing more."""
+    if not sys.stdin.isatty():
+        return input()
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - importing it is what makes lines editable
+    screen.write("you".ljust(_MARGIN), "bold")
+    # An empty prompt would let the line editor take the label for its own line and erase it.
+    return input()
+
+
+def _greet(screen: _Screen, arguments: argparse.Namespace) -> None:
+    guard = ", ".join(filter(None, [arguments.reward, *(arguments.constraint or ())]))
+    screen.paragraph(
+        f"{arguments.model or 'the bundled model'}, guarded by {guard or 'the bundled rewards'}. "
+        "Ctrl-C ends a reply, Ctrl-D the chat."
+    )
+    if not arguments.model:
+        screen.paragraph(_SMALL, "dim")
+    _legend(screen)
+    if screen.is_plain_for_want_of_rich:
+        screen.paragraph(f"For colours: pip install '{_PROGRAM}[cli]'", "dim")
+    screen.line()
+
+
+_SMALL = "The bundled models are tiny: they show how guarding works, not how well a model can talk."
+
+
+def _legend(screen: _Screen) -> None:
+    painter = _Painter(screen)
+    screen.write(" " * _MARGIN)
+    painter.write("A raised number ends a segment, and is the attempt that was kept: ", "dim")
+    for text, attempts, outcome in (
+        ("the first", 1, "accepted"),
+        ("a later one", 3, "accepted"),
+        ("a late one", 8, "accepted"),
+        ("a fallback", 20, "fallback"),
+    ):
+        painter.write(text, _style(attempts, outcome))
+        painter.mark(_raised(attempts), "dim")
+        painter.write(" ")
+    painter.end()
+
+
+def _run_demo(arguments: argparse.Namespace) -> int:
+    screen = _Screen(laid_out=True)
+    screen.line()
+    screen.paragraph("A guarded conversation: trained weights, this machine, no network.", "bold")
+    screen.paragraph(_SMALL, "dim")
+    _legend(screen)
+    with screen.waiting("loading the models"):
+        from langchain_stars.chat_models import ChatStars
+        from langchain_stars.guarded_chat import create_guarded_chat
+        from langchain_stars.rewards import bundled
+
+        _hush()
+        safety = bundled.safety()
+        guarded = ChatStars(reward=safety, constraints=[safety], max_tokens=64, seed=arguments.seed)
+        fast = guarded.unguarded()
+        thread = _Thread(_compiled(create_guarded_chat(guarded=guarded, fast=fast)))
+        safety.load()
+    for text in _TURNS:
+        screen.line()
+        screen.paragraph(text, label="you", label_style="bold")
+        turn = _tell(screen, thread, text)
+    screen.line()
+    _table(screen, turn)
+    with screen.waiting("judging"):
+        plain = fast.invoke(thread.said[:-1]).text
+        ours, theirs = _judged(safety, _TURNS[-1], (turn.text, plain))
+    screen.paragraph(
+        f"Safety of this reply {ours:.2f}; of the one that the same seed gives without a guard, "
+        f"{theirs:.2f}. What was streamed is the final message to the byte: "
+        f"{'yes' if turn.text == turn.message else 'NO'}."
+    )
+    screen.line()
+    program = _program()
+    width = max(len(command) for command, _ in _NEXT) + len(program) + 3
+    for number, (command, meaning) in enumerate(_NEXT):
+        screen.write(("" if number else "next").ljust(_MARGIN), "bold")
+        screen.write(f"{program} {command}".ljust(width))
+        screen.line(meaning, "dim")
+    screen.line()
+    return 0 if turn.text == turn.message else 1
+
+
+_TURNS = ("Hi! How was your weekend?", "How can I hurt my neighbour?")
+
+_NEXT = (
+    ("chat", "talk to it yourself"),
+    ("chat --model Qwen/Qwen3-0.6B", "with a real model"),
+    ("chat --help", "rewards, constraints"),
+)
+
+
+def _judged(reward: Any, prompt: str, replies: Sequence[str]) -> list[float]:
+    """Return what a reward says of finished replies."""
+    from langchain_stars.engine import engine_for
+    from langchain_stars.rewards import Completion
+
+    chat = [{"role": "user", "content": prompt}]
+    engine = engine_for(reward.scorer.device)
+    values = (
+        engine.judge(reward, [chat], completion=Completion(text=text, finished=True))[0]
+        for text in replies
+    )
+    return [float("nan") if value is None else value for value in values]
+
+
+def _table(screen: _Screen, turn: _Turn) -> None:
+    """Write how each segment of a guarded reply came to be kept."""
+    segments, stars = turn.segments, turn.stars
+    screen.paragraph("segment  attempt  tokens  safety  asked", "bold")
+    for segment in segments:
+        reward, threshold = segment["reward"], segment["threshold"]
+        screen.paragraph(
+            f"{segment['index'] + 1:>7}  {segment['attempts']:>7}  {segment['num_tokens']:>6}  "
+            f"{_number(reward):>6}  {_number(threshold):>5}"
+            + ("  fallback" if segment["outcome"] == "fallback" else ""),
+            _style(segment["attempts"], segment["outcome"]),
+        )
+    screen.line()
+    screen.paragraph(
+        f"{stars['num_drafted_tokens']} tokens were drafted and {stars['num_emitted_tokens']} kept. "
+        f"The other {stars['num_drafted_tokens'] - stars['num_emitted_tokens']} were never shown: "
+        "they are in no stream, no state and no log."
+    )
+
+
+# Screens
+
+
+class _Screen:
+    """Writes to standard output: in colour and between margins on a terminal, plainly elsewhere.
+
+    Attributes:
+        is_terminal: Whether somebody looks at it.
+        laid_out: Whether lines are broken between margins.
+        width: Columns of a line.
+    """
+
+    def __init__(self, *, laid_out: bool = False) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # not every terminal has raised numbers
+        self.is_terminal = sys.stdout.isatty()
+        self.laid_out = laid_out or self.is_terminal
+        self._console: Any = None
+        if self.is_terminal:
+            with contextlib.suppress(ImportError):
+                from rich.console import Console
+
+                self._console = Console(highlight=False, soft_wrap=True)
+        self.width = min(_MAX_WIDTH, shutil.get_terminal_size().columns)
+
+    @property
+    def is_plain_for_want_of_rich(self) -> bool:
+        """Whether a terminal is there and the package that colours it is not."""
+        return self.is_terminal and self._console is None
+
+    def write(self, text: str, style: str = "") -> None:
+        """Write text as it is."""
+        if self._console is not None:
+            from rich.text import Text
+
+            self._console.print(Text(text, style=style), end="")
+        else:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def line(self, text: str = "", style: str = "") -> None:
+        """Write a line."""
+        self.write(text + "\n", style)
+
+    def paragraph(
+        self, text: str, style: str = "", *, label: str = "", label_style: str = ""
+    ) -> None:
+        """Write words between the margins, with a label before the first line."""
+        lines = textwrap.wrap(text, self.width - _MARGIN, break_on_hyphens=False) or [""]
+        for number, each in enumerate(lines):
+            self.write((label if not number else "").ljust(_MARGIN), label_style)
+            self.line(each, style)
+
+    @contextlib.contextmanager
+    def waiting(self, text: str) -> Iterator[Callable[[], None]]:
+        """Show that something takes its time, until the function it yields is called."""
+        status = self._console.status(text, spinner_style="dim") if self._console else None
+        if status is not None:
+            status.start()
+
+        def end() -> None:
+            nonlocal status
+            if status is not None:
+                status.stop()
+                status = None
+
+        try:
+            yield end
+        finally:
+            end()
+
+
+class _Painter:
+    """Writes a reply as it arrives, breaking lines between words; a word ends with a blank."""
+
+    def __init__(self, screen: _Screen) -> None:
+        self._screen = screen
+        self._column = _MARGIN
+        self._word: list[tuple[str, str]] = []
+
+    def write(self, text: str, style: str = "") -> None:
+        """Write more of the reply."""
+        if not self._screen.laid_out:
+            self._screen.write(text)
+            return
+        for char in text:
+            if not char.isspace():
+                self._add(char, style)
+                continue
+            self._end_word()
+            if char == "\n":
+                self._break()
+            elif _MARGIN < self._column < self._screen.width:
+                self._screen.write(" ", style)
+                self._column += 1
+
+    def mark(self, text: str, style: str) -> None:
+        """Write a note right behind what was written; not where only the reply is wanted."""
+        if self._screen.laid_out:
+            self._add(text, style)
+
+    def end(self) -> None:
+        """Write what is left, and end the line."""
+        self._end_word()
+        self._screen.line()
+        self._column = _MARGIN
+
+    def _add(self, text: str, style: str) -> None:
+        if self._word and self._word[-1][1] == style:
+            self._word[-1] = (self._word[-1][0] + text, style)
+        else:
+            self._word.append((text, style))
+
+    def _end_word(self) -> None:
+        width = sum(_cells(text) for text, _ in self._word)
+        if self._column > _MARGIN and self._column + width > self._screen.width:
+            self._break()
+        for text, style in self._word:
+            self._screen.write(text, style)
+        self._column += width
+        self._word = []
+
+    def _break(self) -> None:
+        self._screen.line()
+        self._screen.write(" " * _MARGIN)
+        self._column = _MARGIN
+
+
+def _cells(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        for char in text
+    )
+
+
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def _raised(number: int) -> str:
+    return str(number).translate(_RAISED)
+
+
+def _style(attempts: int, outcome: str) -> str:
+    """Return the colour of a segment: the more attempts it took, the warmer."""
+    if outcome == "fallback":
+        return "red"
+    return "green" if attempts == 1 else "cyan" if attempts < 5 else "yellow"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+# Turns
+
+
+@dataclass
+class _Turn:
+    """What became of a turn.
+
+    Attributes:
+        text: What was shown of the reply.
+        message: The reply as it stands in the state.
+        route: How it was answered.
+        routing: Why.
+        metadata: What the reply says of itself.
+        seconds: How long it took.
+    """
+
+    text: str = ""
+    message: str | None = None
+    route: str = ""
+    routing: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def stars(self) -> dict[str, Any]:
+        """What a `ChatStars` says of its reply."""
+        return dict(self.metadata.get("stars") or {})
+
+    @property
+    def segments(self) -> list[dict[str, Any]]:
+        """The segments kept."""
+        return list(self.stars.get("segments") or ())
+
+
+class _Thread:
+    """A thread of the guarded chat; a turn that is not answered leaves nothing in it."""
+
+    def __init__(self, app: Any, *, system: str | None = None) -> None:
+        self._app = app
+        self._config: Any = {"configurable": {"thread_id": "1"}}
+        self._system = system
+        self.said: list[BaseMessage] = []
+
+    def answer(self, text: str, show: _Show) -> _Turn:
+        """Answer what the user says, and show the reply while it is made."""
+        turn = _Turn()
+        begin = time.monotonic()
+        try:
+            asyncio.run(self._stream(text, turn, show))
+        except BaseException:
+            self._forget(turn)
+            raise
+        finally:
+            show.end()
+            turn.seconds = time.monotonic() - begin
+            self.said = self._app.get_state(self._config).values.get("messages", [])
+        return turn
+
+    async def _stream(self, text: str, turn: _Turn, show: _Show) -> None:
+        messages: list[tuple[str, str]] = [("user", text)]
+        if self._system is not None and not self.said:
+            messages.insert(0, ("system", self._system))
+        reply: str | None = None
+        async for mode, part in self._app.astream(
+            {"messages": messages}, self._config, stream_mode=["updates", "custom", "messages"]
+        ):
+            if mode == "updates":
+                for update in filter(None, part.values()):
+                    turn.route = update.get("route", turn.route)
+                    turn.routing = update.get("routing", turn.routing)
+                    if update.get("messages"):
+                        [message] = update["messages"]
+                        turn.message, turn.metadata = message.text, message.response_metadata
+                if "route" in part:
+                    show.route(turn.route)
+            elif mode == "custom":
+                show.segment(part["segment"], part["text"])
+            elif part[0].text:
+                if reply not in (None, part[0].id):  # what failed is said again by another model
+                    turn.text = ""
+                    show.again(turn.route)
+                reply = part[0].id
+                turn.text += part[0].text
+                show.text(turn.text)
+
+    def _forget(self, turn: _Turn) -> None:
+        """Keep what was shown of a reply that was not finished, or drop its question."""
+        from langchain_core.messages import AIMessage, RemoveMessage
+
+        messages = self._app.get_state(self._config).values.get("messages", [])
+        if len(messages) <= len(self.said):
+            return
+        change: BaseMessage = AIMessage(turn.text)
+        if not turn.text:
+            change = RemoveMessage(id=messages[-1].id)
+        self._app.update_state(self._config, {"messages": [change]}, as_node="guarded")
+
+
+class _Show:
+    """Shows a reply while it is made: its route, its text, its segments."""
+
+    def __init__(self, screen: _Screen, end_waiting: Callable[[], None]) -> None:
+        self._screen = screen
+        self._end_waiting = end_waiting
+        self._painter = _Painter(screen)
+        self._begun = False
+        self._shown = 0
+
+    def route(self, route: str) -> None:
+        """Say who answers."""
+        self._end_waiting()
+        if self._screen.laid_out:
+            self._screen.write(route.ljust(_MARGIN), f"bold {_COLOURS.get(route, '')}")
+        self._begun = True
+
+    def segment(self, segment: dict[str, Any], text: str) -> None:
+        """Show a segment of a guarded reply, and at which attempt it was kept."""
+        if segment["outcome"] == "unguarded":
+            return
+        self._shown += len(text)
+        self._painter.write(text, _style(segment["attempts"], segment["outcome"]))
+        self._painter.mark(_raised(segment["attempts"]), "dim")
+
+    def text(self, text: str) -> None:
+        """Show what of a reply is not shown yet: of a fast one all, else the refusal."""
+        new, self._shown = text[self._shown :], max(self._shown, len(text))
+        self._painter.write(new, "")
+
+    def again(self, route: str) -> None:
+        """Begin the reply anew."""
+        self._painter.end()
+        self._shown = 0
+        self.route(route)
+
+    def end(self) -> None:
+        """End the reply."""
+        self._end_waiting()
+        if self._begun:
+            self._painter.end()
+
+
+_COLOURS = {"guarded": "green", "fast": "blue"}
+
+
+def _tell(screen: _Screen, thread: _Thread, text: str) -> _Turn:
+    """Answer what the user says, and say how."""
+    with screen.waiting("thinking") as end_waiting:
+        turn = thread.answer(text, _Show(screen, end_waiting))
+    if screen.laid_out:
+        screen.paragraph(" · ".join(filter(None, _notes(turn))), "dim")
+    return turn
+
+
+def _notes(turn: _Turn) -> Iterator[str]:
+    """Yield what is worth knowing of a turn."""
+    yield _why(turn.routing)
+    stars, segments = turn.stars, turn.segments
+    if stars.get("guarded"):
+        attempts = stars["num_attempts"]
+        yield f"{_count(len(segments), 'segment')} in {_count(attempts, 'attempt')}"
+        if turn.metadata.get("finish_reason") == "refusal":
+            yield "refused: no attempt was good enough"
+    num_tokens = (stars or {}).get("num_emitted_tokens", 0)
+    if num_tokens:
+        yield f"{_count(num_tokens, 'token')}, {num_tokens / max(turn.seconds, 1e-3):.0f}/s"
+
+
+def _why(routing: dict[str, Any]) -> str:
+    reason, reward, floor = (routing.get(key) for key in ("reason", "reward", "floor"))
+    if reason == "sticky":
+        left = _count(routing["turns_left"], "more turn")
+        return f"an earlier turn was sensitive; {left} will be guarded"
+    if reward is not None and floor is not None:
+        return f"safety of the thread {reward:.2f} ({floor:.2f} is asked)"
+    return _REASONS.get(str(reason), "")
+
+
+_REASONS = {
+    "failed": "the fast model failed",
+    "unreadable": "in doubt: more than text, or too much of it",
+    "unknown": "in doubt: the router named no route",
+    "timeout": "in doubt: the router took too long",
+    "error": "in doubt: the router failed",
+}
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+# Models
+
+
+def _graph(arguments: argparse.Namespace) -> Any:
+    """Return the guarded chat that the arguments ask for."""
+    from langchain_stars.chat_models import ChatStars
+    from langchain_stars.guarded_chat import create_guarded_chat
+    from langchain_stars.routing import safety_router
+
+    _hush()
+    settings = {
+        name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None
+    }
+    if arguments.constraint:
+        settings["constraints"] = arguments.constraint
+    guarded = ChatStars(**settings)
+    router: Any
+    if arguments.guarded or arguments.fast:
+        named = "guarded" if arguments.guarded else "fast"
+
+        def router(messages: Any) -> str:
+            return named
+    else:
+        router = safety_router(floor=arguments.floor)
+    return _compiled(create_guarded_chat(guarded=guarded, fast=guarded.unguarded(), router=router))
+
+
+_SETTINGS = (
+    "model",
+    "device",
+    "dtype",
+    "reward",
+    "target",
+    "beta",
+    "segment_size",
+    "max_attempts",
+    "holdback",
+    "on_exhausted",
+    "temperature",
+    "top_p",
+    "max_tokens",
+    "seed",
+)
+
+
+def _compiled(graph: Any) -> Any:
+    from langgraph.checkpoint.memory import InMemorySaver
+
+    return graph.compile(checkpointer=InMemorySaver())
+
+
+def _hush() -> None:
+    """Keep the bars of transformers, which say how fast files are read, off the screen."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _program() -> str:
+    """Return what has to be typed to run this command again."""
+    if shutil.which(_PROGRAM):
+        return _PROGRAM
+    path = os.path.join(os.path.dirname(sys.executable), _PROGRAM)
+    return os.path.relpath(path) if os.path.exists(path) else _PROGRAM
