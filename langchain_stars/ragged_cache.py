@@ -167,14 +167,14 @@ class RaggedCache(Cache):
             self.place = None
 
     def move(self, rows: Tensor, source: Tensor, target: Tensor) -> None:
-        """Copy the slots `source` of each row to `target`, both [rows, count].
+        """Copy slots of rows: entry after entry, `source` of a row to `target`, [entries].
 
         A kept branch becomes the row's continuation. The copy is whole before any slot is
         written, so that the two may overlap.
         """
         for layer in self._layers:
             for buffer in layer.buffers:
-                buffer[rows[:, None], :, target] = buffer[rows[:, None], :, source]
+                buffer[rows, :, target] = buffer[rows, :, source]
 
     def copy_row(self, source: int, target: int, *, num_slots: int) -> None:
         """Copy the first slots of a row to another."""

@@ -32,6 +32,7 @@ from langchain_stars.language_models.drafters import RaggedDrafter
 from langchain_stars.language_models.local import FALLBACK_TEMPLATE
 from langchain_stars.language_models.masks import TreeMask, causal_masks
 from langchain_stars.language_models.sampling import Sampler
+from langchain_stars.packing import PackedLinear, can_pack
 from langchain_stars.randomness import drafting_uniforms
 from langchain_stars.testing import check_language_model
 
@@ -809,10 +810,52 @@ def test_a_loaded_model_is_used_as_it_is(
     request = ask(Prefix(range(20, 30)), count=2)
     assert given.draw([request]) == read.draw([request])
     assert given.device == "cpu"
-    assert given._loaded().network.model is model
+    own = given._loaded().network.model
+    assert own.model.embed_tokens.weight is model.model.embed_tokens.weight
+    assert model.config._attn_implementation == "sdpa"
     with pytest.raises(ValueError, match="`tokenizer` must be given"):
         LocalLanguageModel(model)
     read.unload()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_packed_weights_draw_the_same_and_leave_a_given_model_as_it_was(
+    family: str,
+    make_folder: FolderMaker,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("langchain_stars.packing._LEAST_WEIGHTS", 1)
+    folder = make_folder(family)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    kinds = {type(module) for module in model.modules()}
+    packed = LocalLanguageModel(model, tokenizer=tokenizer)
+    plain = LocalLanguageModel(folder, device="cpu", pack_weights=False)
+    session = Session(6, [21, 4, 13])
+    for _ in range(3):
+        requests = [session.request(at, 1 + at) for at in range(3)]
+        proposals = packed.draw(requests)
+        assert proposals == plain.draw(requests)
+        for at in range(3):
+            session.act(at, proposals[at])
+    own = packed._loaded().network.model
+    layers = [module for module in own.modules() if isinstance(module, PackedLinear)]
+    assert len(layers) >= 8
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    assert {type(module) for module in model.modules()} == kinds
+    head = own.get_output_embeddings()
+    assert isinstance(head, PackedLinear)
+    torch.testing.assert_close(head.weight, model.get_output_embeddings().weight)
+    plain.unload()
+
+
+def test_small_layers_and_shorter_types_are_not_packed(make_folder: FolderMaker) -> None:
+    small = LocalLanguageModel(make_folder("llama"), device="cpu")
+    modules = small._loaded().network.model.modules()
+    assert not any(isinstance(module, PackedLinear) for module in modules)
+    shorter = AutoModelForCausalLM.from_pretrained(make_folder("llama"), dtype=torch.bfloat16)
+    assert not can_pack(shorter)
+    small.unload()
 
 
 def test_fingerprints_tell_models_apart(make_folder: FolderMaker) -> None:

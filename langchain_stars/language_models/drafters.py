@@ -592,7 +592,7 @@ class RaggedDrafter(Drafter):
             kept.append(length)
         if moves:
             index, source, target = torch.tensor(moves, device=self.network.device).T
-            pool.cache.move(index, source[:, None], target[:, None])
+            pool.cache.move(index, source, target)
         missing = []
         for row, request, ids, length in zip(rows, requests, wanted, kept, strict=True):
             row.scored = row.scored and length == len(row.ids)

@@ -40,6 +40,7 @@ from langchain_stars.language_models.drafters import (
     ragged_error,
     snapshot_error,
 )
+from langchain_stars.packing import can_pack, pack, share_weights
 from langchain_stars.ragged_cache import ATTENTION
 from langchain_stars.templates import TextEncoder, encode_chat, vocabulary_of
 
@@ -101,7 +102,7 @@ FALLBACK_TEMPLATE = (
 """Template of a tokenizer that has none: a line `Role: content` for each message, then `Assistant:`."""
 
 _MOST_ROWS = 64
-_MOST_CANDIDATES = 8
+_MOST_CANDIDATES = 16
 _ROW_TOKENS = 2048
 _UNLIMITED_CONTEXT = 1 << 20
 _TIMED_QUERIES = (1, 2, 4, 8, 16, 32)
@@ -121,6 +122,7 @@ class _Source:
     device_map: str | None
     trust_remote_code: bool
     attention: str
+    pack: bool
     identity: int = 0
 
 
@@ -182,8 +184,8 @@ class LocalLanguageModel(LanguageModel):
 
     Args:
         model: Hub id or folder; or a loaded model of transformers, with `tokenizer`. Adapters of
-            PEFT and quantised checkpoints load as they do in transformers. A loaded model's
-            attention is set to `attention`.
+            PEFT and quantised checkpoints load as they do in transformers. A loaded model keeps
+            its own attention and layers; its weights are shared.
         tokenizer: Of a loaded model; else the checkpoint's own is read.
         revision: Branch, tag or commit on the hub.
         dtype: `"auto"`, `"bfloat16"`, ... or a torch type. `"auto"` is the checkpoint's, and on a
@@ -194,6 +196,9 @@ class LocalLanguageModel(LanguageModel):
         trust_remote_code: Whether code of the checkpoint may run.
         attention: Attention implementation; the default reads keys and values once for all
             query heads that share them. Models whose attention scores are capped run `"eager"`.
+        pack_weights: Whether, on a CPU in float32, the weights of linear layers are laid out anew
+            when they are loaded: several candidates then take about the time of one. Of a model
+            given as an object the packed weights are a copy.
         drafts: How candidates are drafted; None takes the fastest way that a check at load finds
             right: `"ragged"` keeps keys and values once a reply, `"snapshot"` copies the model's
             own cache (for recurrent models), `"recompute"` keeps nothing.
@@ -218,6 +223,7 @@ class LocalLanguageModel(LanguageModel):
         device_map: Any = None,
         trust_remote_code: bool = False,
         attention: str = ATTENTION,
+        pack_weights: bool = True,
         drafts: Drafts | None = None,
         chat_template: str | None = None,
         context_length: int | None = None,
@@ -252,6 +258,7 @@ class LocalLanguageModel(LanguageModel):
             device_map=None if device_map is None else repr(device_map),
             trust_remote_code=trust_remote_code,
             attention=attention,
+            pack=pack_weights,
             identity=0 if self._given is None else id(model),
         )
         self._drafts = drafts
@@ -571,9 +578,12 @@ class LocalLanguageModel(LanguageModel):
         if getattr(config, "attn_logit_softcapping", None) is not None:
             attention = "eager"
         if self._given is not None:
-            if type(self._given)._supports_attention_backend or attention == "eager":
-                self._given.set_attn_implementation(attention)
-            return self._given.eval()
+            model = self._given
+            if getattr(model, "hf_device_map", None) is None:
+                model = share_weights(model)  # what is set below is not the caller's
+            if type(model)._supports_attention_backend or attention == "eager":
+                model.set_attn_implementation(attention)
+            return self._packed(model.eval())
         from transformers import AutoModelForCausalLM
 
         began = time.perf_counter()
@@ -592,8 +602,15 @@ class LocalLanguageModel(LanguageModel):
             model = model.to(self._device)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        model = self._packed(model.eval())
         _log.info("loaded %s in %.1f s", self._name, time.perf_counter() - began)
-        return model.eval()
+        return model
+
+    def _packed(self, model: Any) -> Any:
+        """Pack the weights of a model's linear layers, where that is to be had."""
+        if self._source.pack and can_pack(model):
+            _log.debug("packed %d linear layers of %s", pack(model), self._name)
+        return model
 
     def _read(self, kind: Any, name: str | None = None, **arguments: Any) -> Any:
         """Read a part of the checkpoint; say what to do where it is not there."""

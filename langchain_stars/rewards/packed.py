@@ -292,7 +292,10 @@ class PackedModel:
     def _read(self, readings: Sequence[Reading]) -> list[list[Tensor]]:
         lane = self._lanes.setdefault(readings[0].lane, _Lane(self._num_layers))
         lane.sweep()
-        plans = [self._plan(lane, reading) for reading in readings]
+        moves: list[tuple[int, int, int]] = []
+        plans = [self._plan(lane, reading, moves) for reading in readings]
+        if moves:
+            lane.cache.move(*torch.tensor(moves, device=self._device).T)
         self._feed(lane, plans)
         return [self._finish(plan) for plan in plans]
 
@@ -311,7 +314,7 @@ class PackedModel:
 
     # What is fed
 
-    def _plan(self, lane: _Lane, reading: Reading) -> _Plan:
+    def _plan(self, lane: _Lane, reading: Reading, moves: list[tuple[int, int, int]]) -> _Plan:
         row = lane.of_subject.get(reading.subject)
         prompt_ids: tuple[int, ...] = ()
         if row is None:
@@ -325,7 +328,7 @@ class PackedModel:
         # its last token grows. Nothing is read that no candidate needs.
         longest = max((_common(accepted, ids) for ids in candidates), default=0)
         kept = accepted[:longest]
-        num_known = self._keep(lane, row, kept)
+        num_known = self._keep(row, kept, moves)
         plan = _Plan(row=row, prompt_ids=prompt_ids, kept=kept, num_known=num_known)
         if prompt_ids:
             plan.runs.append(_Run(prompt_ids, 0, 0))
@@ -347,8 +350,14 @@ class PackedModel:
             slot += len(own)
         return plan
 
-    def _keep(self, lane: _Lane, row: _Row, kept: tuple[int, ...]) -> int:
-        """Let a row hold as many of the tokens `kept` as are known; return how many."""
+    def _keep(self, row: _Row, kept: tuple[int, ...], moves: list[tuple[int, int, int]]) -> int:
+        """Let a row hold as many of the tokens `kept` as are known; return how many.
+
+        Args:
+            row: The row.
+            kept: What it is to hold.
+            moves: Takes the row, source and target of each slot that must be copied for it.
+        """
         num_known = _common(row.ids, kept)
         best: _Branch | None = None
         for branch in row.branches:
@@ -360,10 +369,7 @@ class PackedModel:
         if best is not None:
             count = num_known - best.depth
             target = row.num_prompt + best.depth
-            index = torch.arange(count, device=self._device)[None]
-            lane.cache.move(
-                torch.tensor([row.index], device=self._device), best.slot + index, target + index
-            )
+            moves += ((row.index, best.slot + index, target + index) for index in range(count))
             before = row.outputs[: best.depth] if row.outputs is not None else best.outputs[:0]
             row.outputs = torch.cat([before, best.outputs[:count]])
             row.branches.clear()
