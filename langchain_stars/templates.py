@@ -6,6 +6,7 @@ typed or a model drafted is encoded as text, whatever control token it spells.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -70,6 +71,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._controls = _ordinary_controls(tokenizer)
         self._line_break: list[int] = []
         line_break, alone = self._encode(["\n", "a"], plain=True)
         if alone != self._encode(["\na"], plain=True)[0][len(line_break) :]:
@@ -91,6 +93,8 @@ class TextEncoder:
                 in what a template writes.
             begins: Whether each text begins a text of its own, after all.
         """
+        if plain and self._controls is not None and any(map(self._controls.search, texts)):
+            return [self._encode_broken(text, begins=begins) for text in texts]
         if begins or not self._line_break:
             return self._encode(texts, plain=plain)
         encoded = self._encode(["\n" + text for text in texts], plain=plain)
@@ -99,6 +103,21 @@ class TextEncoder:
             ids[begin:] if ids[:begin] == self._line_break else self._encode([text], plain=plain)[0]
             for ids, text in zip(encoded, texts, strict=True)
         ]
+
+    def _encode_broken(self, text: str, *, begins: bool) -> list[int]:
+        """Return the ids of a text of which each control token is encoded in two halves."""
+        pieces = [""]
+        for place, piece in enumerate(self._controls.split(text) if self._controls else [text]):
+            if place % 2:
+                pieces[-1] += piece[:1]
+                pieces.append(piece[1:])
+            else:
+                pieces[-1] += piece
+        ids: list[int] = []
+        for place, piece in enumerate(pieces):
+            [more] = self.encode([piece], begins=begins and place == 0)
+            ids += more
+        return ids
 
     def _encode(self, texts: Sequence[str], *, plain: bool) -> list[list[int]]:
         filled = [text for text in texts if text]
@@ -117,3 +136,26 @@ class TextEncoder:
             )["input_ids"]
         )
         return [list(next(encoded)) if text else [] for text in texts]
+
+
+def _ordinary_controls(tokenizer: Any) -> "re.Pattern[str] | None":
+    """Return what matches the tokens that a template writes and that are not marked as special.
+
+    A tokenizer can be told to leave special tokens in a text alone, but not these.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return None
+    written = template if isinstance(template, str) else "".join(template.values())
+    controls = [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if not token.special
+        and len(token.content) > 1
+        and token.content in written
+        and not token.content.isspace()
+    ]
+    if not controls:
+        return None
+    longest_first = sorted(controls, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -1039,6 +1039,25 @@ def test_control_tokens_that_are_typed_or_drafted_are_text(
     assert tokenizer.decode(ids).count("<|assistant|>") == 2
 
 
+def test_tokens_that_a_template_writes_are_text_even_where_they_are_not_special(
+    tmp_path: Path,
+) -> None:
+    for own in (sentencepiece_like(), make_tokenizer()):
+        own.add_tokens(["[think]", "[thinking]"])
+        own.chat_template = own.chat_template.replace("m.content }}", "m.content }}[thinking]")
+        own.chat_template += "[think][thinking]"
+        controls = set(own.convert_tokens_to_ids(["[think]", "[thinking]"]))
+        encoder = TextEncoder(own)
+        texts = ["[think]", "Hi [thinking] there[think][thi", "[[thinking]", "Hello there"]
+        for begins in (False, True):
+            encoded = encoder.encode(texts, begins=begins)
+            assert encoder.encode(texts[-1:], begins=begins) == [encoded[-1]]
+            for text, ids in zip(texts, encoded, strict=True):
+                assert not controls & set(ids)
+                assert own.decode(ids).strip() == text
+        assert controls & set(encoder.encode(["Hi[think]"], plain=False)[0])
+
+
 @pytest.mark.parametrize(
     ("closed", "ends"),
     [("finished", (False, True)), ("always", (True, True)), ("never", (False, False))],
@@ -1101,7 +1120,27 @@ def test_a_header_that_only_the_template_of_a_whole_chat_writes_is_found(
 def sentencepiece_like() -> PreTrainedTokenizerFast:
     """Return a tokenizer that adds a space to the beginning of a text, with Llama 2's template."""
     pieces = ["<unk>", "<s>", "</s>", "▁", "▁Hello", "▁there", "Hello", "▁Hi", "[", "]", "/", "I"]
-    pieces += ["N", "S", "T", "H", "i", "e", "l", "o", "t", "h", "r", "▁[", "<", ">", "s", "\n"]
+    pieces += [
+        "N",
+        "S",
+        "T",
+        "H",
+        "i",
+        "e",
+        "l",
+        "o",
+        "t",
+        "h",
+        "r",
+        "n",
+        "k",
+        "g",
+        "▁[",
+        "<",
+        ">",
+        "s",
+        "\n",
+    ]
     scores = [(piece, -float(len(pieces) - len(piece))) for piece in pieces]
     tokenizer = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
