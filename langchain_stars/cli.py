@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import io
+import logging
 import os
 import shutil
 import sys
@@ -192,10 +193,11 @@ def _run_chat(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             screen.paragraph("stopped", "dim")
         except _expected_errors() as error:
-            screen.paragraph(_in_a_line(error), "red")
             if not sys.stdin.isatty():
                 raise
-        screen.line()
+            screen.paragraph(_in_a_line(error), "red")
+        if screen.laid_out:
+            screen.line()
     if screen.is_terminal:
         screen.line()
     return 0
@@ -213,10 +215,10 @@ def _ask(screen: _Screen) -> str:
 
 
 def _greet(screen: _Screen, arguments: argparse.Namespace) -> None:
-    guard = ", ".join(filter(None, [arguments.reward, *(arguments.constraint or ())]))
+    guard = " and ".join(filter(None, [arguments.reward, *(arguments.constraint or ())]))
     screen.paragraph(
-        f"{arguments.model or 'the bundled model'}, guarded by {guard or 'the bundled rewards'}. "
-        "Ctrl-C ends a reply, Ctrl-D the chat."
+        f"You talk with {arguments.model or 'the bundled model'}, guarded by "
+        f"{guard or 'the bundled rewards'}. Ctrl-C ends a reply, Ctrl-D the chat."
     )
     if not arguments.model:
         screen.paragraph(_SMALL, "dim")
@@ -605,7 +607,8 @@ class _Show:
             return
         self._shown += len(text)
         self._painter.write(text, _style(segment["attempts"], segment["outcome"]))
-        self._painter.mark(_raised(segment["attempts"]), "dim")
+        # The end of the reply can be a segment of its own, and two numbers are not one.
+        self._painter.mark(("" if text else " ") + _raised(segment["attempts"]), "dim")
 
     def text(self, text: str) -> None:
         """Show what of a reply is not shown yet: of a fast one all, else the refusal."""
@@ -621,7 +624,7 @@ class _Show:
     def end(self) -> None:
         """End the reply."""
         self._end_waiting()
-        if self._begun:
+        if self._begun and (self._screen.laid_out or self._shown):
             self._painter.end()
 
 
@@ -630,11 +633,30 @@ _COLOURS = {"guarded": "green", "fast": "blue"}
 
 def _tell(screen: _Screen, thread: _Thread, text: str) -> _Turn:
     """Answer what the user says, and say how."""
-    with screen.waiting("thinking") as end_waiting:
+    with _unechoed(), screen.waiting("thinking") as end_waiting:
         turn = thread.answer(text, _Show(screen, end_waiting))
     if screen.laid_out:
         screen.paragraph(" · ".join(filter(None, _notes(turn))), "dim")
     return turn
+
+
+@contextlib.contextmanager
+def _unechoed() -> Iterator[None]:
+    """Keep what is typed while a reply is made from being written into it."""
+    try:
+        import termios
+
+        descriptor = sys.stdin.fileno()
+        before = termios.tcgetattr(descriptor)
+    except (ImportError, OSError, ValueError, termios.error):
+        yield
+        return
+    silent = before[:3] + [before[3] & ~termios.ECHO] + before[4:]
+    termios.tcsetattr(descriptor, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSANOW, before)
 
 
 def _notes(turn: _Turn) -> Iterator[str]:
@@ -726,10 +748,12 @@ def _compiled(graph: Any) -> Any:
 
 
 def _hush() -> None:
-    """Keep the bars of transformers, which say how fast files are read, off the screen."""
-    from transformers.utils import logging
+    """Keep what libraries say of their work off the screen; what goes wrong is told by us."""
+    from transformers.utils import logging as of_transformers
 
-    logging.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+    of_transformers.set_verbosity_error()
+    logging.getLogger("langchain_stars").addHandler(logging.NullHandler())
 
 
 def _program() -> str:

@@ -1,0 +1,70 @@
+"""A guarded chat to deploy: `cd graphs && langgraph dev`.
+
+Adds nothing to the package but choices, which the environment makes; importing it loads nothing,
+and neither does building the graph: models are loaded at the first turn.
+
+Environment:
+    STARS_MODEL: Hub id or folder of the language model; the bundled one if not set.
+    STARS_DEVICE: As in `cpu` or `cuda`; the best there is if not set.
+    STARS_DTYPE: As in `bfloat16`; the checkpoint's if not set.
+    STARS_REWARD: Objective, as in `helpfulness + 0.5 * sentiment`.
+    STARS_CONSTRAINTS: What must hold always, as in `safety >= 0.8; org/toxicity <= 0.1`. The bundled
+        rewards judge where neither of the two is set.
+    STARS_TARGET: Reward asked of a whole reply, where the objective does not say.
+    STARS_MAX_TOKENS: Most tokens of a reply.
+    STARS_TIMEOUT: Seconds that a reply may take.
+    STARS_ROUTER_FLOOR: Safety of a thread below which a turn is guarded.
+    STARS_STICKY_TURNS: Turns that stay guarded after a guarded one.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from langgraph.graph import MessagesState
+from langgraph.graph.state import CompiledStateGraph
+
+from langchain_stars import ChatStars, create_guarded_chat
+from langchain_stars.guarded_chat import ChatState
+from langchain_stars.routing import safety_router
+
+_SETTINGS: dict[str, Callable[[str], Any]] = {
+    "model": str,
+    "device": str,
+    "dtype": str,
+    "reward": str,
+    "constraints": lambda text: [each.strip() for each in text.split(";") if each.strip()],
+    "target": float,
+    "max_tokens": int,
+    "timeout": float,
+}
+
+
+def make_graph() -> CompiledStateGraph[ChatState, None, MessagesState, ChatState]:
+    """Return the graph that the environment asks for, compiled without a checkpointer.
+
+    Raises:
+        ValueError: A variable cannot be understood.
+    """
+    settings = {name: _read(name, kind) for name, kind in _SETTINGS.items()}
+    guarded = ChatStars(**{name: value for name, value in settings.items() if value is not None})
+    sticky_turns = _read("sticky_turns", int)
+    graph = create_guarded_chat(
+        guarded=guarded,
+        fast=guarded.unguarded(),
+        router=safety_router(floor=_read("router_floor", float)),
+        **({} if sticky_turns is None else {"sticky_turns": sticky_turns}),
+    )
+    return graph.compile(name="guarded_chat")
+
+
+def _read(name: str, kind: Callable[[str], Any]) -> Any:
+    """Return what a variable of the environment holds; None where it is not set."""
+    variable = f"STARS_{name.upper()}"
+    text = os.environ.get(variable, "").strip()
+    if not text:
+        return None
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"`{variable}` cannot be understood, got {text!r}") from None
