@@ -38,6 +38,7 @@ Priority: TypeAlias = Literal["interactive", "batch"]
 
 _WEIGHTS: dict[Priority, float] = {"interactive": 4.0, "batch": 1.0}
 _GRACE_SECONDS = 0.002
+_MOST_GRACE_SECONDS = 0.02
 _JOIN_SECONDS = 10.0
 _MAX_QUESTIONS = 1024
 _MAX_QUESTIONS_AT_ONCE = 8
@@ -498,6 +499,8 @@ class Engine:
                     pause = self._pause()
                     if pause > 0:
                         self._changed.wait(None if pause == math.inf else pause)
+                if not self._lanes:
+                    self._gather()
                 closed = self._closed
                 arrivals, self._arrivals = self._arrivals, deque()
                 self._woken = False
@@ -516,6 +519,14 @@ class Engine:
             if ready:
                 self._step(min(ready, key=lambda lane: lane.served))
             self._hear()
+
+    def _gather(self) -> None:
+        """Wait a moment for calls that come together, to share their first round; under the lock."""
+        end = time.monotonic() + _MOST_GRACE_SECONDS
+        count = 0
+        while count < len(self._arrivals) and not self._closed and time.monotonic() < end:
+            count = len(self._arrivals)
+            self._changed.wait(_GRACE_SECONDS)
 
     def _pause(self) -> float:
         """Return how long nothing can happen, in seconds, unless the thread is woken."""
