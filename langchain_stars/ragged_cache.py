@@ -151,9 +151,9 @@ class RaggedCache(Cache):
 
         Args:
             rows: Row of each row of the batch, each once; adjacent ones are not copied to be read.
-            slots: Slot that each query writes, [batch, queries]; no two of a row are the same. Of
-                adjacent rows also a number: the slot of every row's first query, which the others
-                follow.
+            slots: Slot that each query writes, [batch, queries]; two of a row are the same only
+                where the queries are. Of adjacent rows also a number: the slot of every row's
+                first query, which the others follow.
             limit: Number of slots that are read, above every slot written.
         """
         chosen: slice | Tensor = slice(rows[0], rows[-1] + 1)
@@ -181,6 +181,21 @@ class RaggedCache(Cache):
         for layer in self._layers:
             for buffer in layer.buffers:
                 buffer[target, :, :num_slots] = buffer[source, :, :num_slots]
+
+    def take(self, row: int, *, num_slots: int) -> list[Tensor]:
+        """Return a copy of the first slots of a row: keys and values of each layer in turn."""
+        return [
+            buffer[row, :, :num_slots].clone() for layer in self._layers for buffer in layer.buffers
+        ]
+
+    def put(self, row: int, states: Sequence[Tensor], *, num_slots: int) -> None:
+        """Write what was taken of a row, or its first slots, to the first slots of a row."""
+        pairs = zip(states[::2], states[1::2], strict=True)
+        for layer, (keys, values) in zip(self._layers, pairs, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys[None], values[None])
+            for buffer, state in zip(layer.buffers, (keys, values), strict=True):
+                buffer[row, :, :num_slots] = state[:, :num_slots]
 
     def swap_rows(self, one: int, other: int, *, num_slots: int) -> None:
         """Exchange the first slots of two rows."""

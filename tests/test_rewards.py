@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from langchain_stars import rewards
+from langchain_stars import packing, rewards
 from langchain_stars.ragged_cache import RaggedCache, tree_mask
 from langchain_stars.rewards import (
     Completion,
@@ -621,6 +621,22 @@ def test_packed_scores_equal_plain_ones(
     assert torch.tensor(seen).std(dim=0).min() > 1000 * TOLERANCE
 
 
+def test_packed_weights_change_no_score(make_folder: Callable[..., Path], tokenizer: Any) -> None:
+    folder = make_folder(
+        "llama", num_labels=1, seed=3, intermediate_size=8192, initializer_range=0.02
+    )
+    scorer, twin = SequenceClassifier(folder), Twin(folder)
+    scorer.load()
+    assert scorer._runner is not None
+    layers = {type(layer) for layer in scorer._runner._loaded.model.modules()}
+    assert packing.PackedLinear in layers
+    replies = Replies(tokenizer, 2)
+    for _ in range(2):
+        asked = replies.requests()
+        assert worst_difference(twin, asked, scorer.score(asked)) < TOLERANCE
+        replies.choose(asked)
+
+
 @pytest.mark.parametrize("family", RECOMPUTING)
 def test_recomputed_scores_equal_plain_ones(
     family: str, make_folder: Callable[..., Path], tokenizer: Any
@@ -1175,6 +1191,17 @@ def test_a_space_before_the_reply_belongs_to_its_first_token(tmp_path: Path) -> 
     assert expected.count(own.bos_token_id) == 1
 
 
+def test_a_chat_template_may_be_given(reward_folder: Path, tokenizer: Any) -> None:
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    given = SequenceClassifier(reward_folder, chat_template=template)
+    own = SequenceClassifier(reward_folder)
+    chat = [{"role": "user", "content": "Hi"}]
+    ids = written(given, chat, "Hello", True)
+    assert tokenizer.decode(ids) == "<|begin|>user: Hi\nassistant: Hello\n"
+    assert ids != written(own, chat, "Hello", True)
+    assert given.identity != own.identity
+
+
 @pytest.fixture
 def bare_folder(make_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """Returns a function that saves a classifier whose tokenizer has no chat template."""
@@ -1546,8 +1573,10 @@ def test_a_checkpoint_that_is_no_safetensors_is_refused(
     model.config.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ValueError, match=r"weights in \*\.bin files are not loaded"):
         SequenceClassifier(tmp_path).load()
+    with pytest.raises(ValueError, match="the reward model no/such cannot be read"):
+        SequenceReward("no/such").load()
 
 
 def test_code_that_comes_with_a_checkpoint_does_not_run(

@@ -5,6 +5,7 @@ keeps what it has read of every reply and reads the candidates of a round in one
 encoder reads each text anew. Both give, for the same token ids, what the plain model gives.
 """
 
+import copy
 import hashlib
 import logging
 import math
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from langchain_stars.packing import can_pack, pack
 from langchain_stars.ragged_cache import ATTENTION
 from langchain_stars.rewards.base import (
     Chat,
@@ -30,6 +32,7 @@ from langchain_stars.rewards.base import (
     Scorer,
     ScoreRequest,
     Subject,
+    digest,
 )
 from langchain_stars.rewards.packed import Counters, PackedModel, Reading, out_of_memory
 from langchain_stars.templates import TextEncoder, encode_chat, vocabulary_of
@@ -288,7 +291,11 @@ class SequenceClassifier(Scorer):
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether code that comes with the checkpoint may run.
         device: Device of torch; the first GPU if there is one and none is given.
-        dtype: Type of the weights, as in `"bfloat16"`; the checkpoint's if not given.
+        dtype: Type of the weights, as in `"bfloat16"`. If not given, the checkpoint's, and on a CPU
+            float32: most CPUs are slower in shorter types.
+        device_map: As in transformers, to spread a large model; then `device` is left to it.
+        quantization_config: As in transformers, for a model that is quantised when it is loaded.
+        chat_template: Used instead of the tokenizer's.
         view: What it is shown. `"chat"`: the chat in its own template, the default where it has
             one. `"pair"`: two texts, the messages (joined by blank lines) and the reply, the
             default without a template. `"hh"`: the same with the messages as `Human:` and
@@ -322,6 +329,9 @@ class SequenceClassifier(Scorer):
         trust_remote_code: bool = False,
         device: str | None = None,
         dtype: str | None = None,
+        device_map: Any = None,
+        quantization_config: Any = None,
+        chat_template: str | None = None,
         view: View | None = None,
         closed: Closed = "finished",
         windows: bool = False,
@@ -344,9 +354,17 @@ class SequenceClassifier(Scorer):
         self.name = os.fspath(model)
         self.view = view
         self.closed = closed
-        self._source = _Source(self.name, revision, trust_remote_code)
         self._device = device or _default_device()
-        self._dtype = dtype
+        self._source = _Source(
+            self.name,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            device=self._device,
+            dtype=dtype,
+            device_map=device_map,
+            quantization_config=quantization_config,
+        )
+        self._chat_template = chat_template
         self._windows = windows
         self._max_length = max_length
         self._max_tokens = max_tokens
@@ -358,7 +376,7 @@ class SequenceClassifier(Scorer):
     @classmethod
     def shared(cls, model: str | os.PathLike[str], **settings: Any) -> "SequenceClassifier":
         """Return the scorer of a model with some settings: the same one as long as it is used."""
-        key = (os.fspath(model), tuple(sorted(settings.items())))
+        key = (os.fspath(model), repr(sorted(settings.items())))
         with _registry_lock:
             scorer = _scorers.get(key)
             if scorer is None:
@@ -387,7 +405,7 @@ class SequenceClassifier(Scorer):
         return {
             "kind": "classifier",
             **self._source.identity,
-            "dtype": self._dtype,
+            "chat_template": digest(self._chat_template) if self._chat_template else None,
             "view": self.view,
             "closed": self.closed,
             "windows": self._windows,
@@ -414,9 +432,13 @@ class SequenceClassifier(Scorer):
         """Load the model and its tokenizer, once for the process; any thread may call it."""
         with self._lock:
             if self._runner is None:
-                loaded = _load(self._source, self._device, self._dtype)
+                loaded = _load(self._source)
                 writer = _Writer(
-                    loaded, view=self.view, closed=self.closed, max_length=self._max_length
+                    loaded,
+                    view=self.view,
+                    closed=self.closed,
+                    max_length=self._max_length,
+                    chat_template=self._chat_template,
                 )
                 self.view = writer.view
                 if loaded.keeps and not self._windows:
@@ -451,43 +473,101 @@ class SequenceClassifier(Scorer):
 
 
 class _Source:
-    """Where a checkpoint comes from."""
+    """Where a checkpoint comes from, and how it is loaded."""
 
-    def __init__(self, model: str, revision: str | None, trust_remote_code: bool) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None,
+        trust_remote_code: bool,
+        device: str,
+        dtype: str | None,
+        device_map: Any,
+        quantization_config: Any,
+    ) -> None:
         self.model = model
-        self.revision = revision
-        self.trust_remote_code = trust_remote_code
+        self.device = device
+        self.device_map = device_map
+        self._revision = revision
+        self._trust_remote_code = trust_remote_code
+        self._dtype = dtype
+        self._quantization_config = quantization_config
         self._lock = threading.Lock()
         self._config: Any = None
         self._identity: dict[str, Any] | None = None
 
     @property
-    def key(self) -> tuple[str, str | None, bool]:
-        """What tells it from others."""
-        return (self.model, self.revision, self.trust_remote_code)
+    def key(self) -> tuple[Any, ...]:
+        """What tells the loaded model from others."""
+        loading = (self.device, self._dtype, repr(self.device_map), repr(self._quantization_config))
+        return (self.model, self._revision, self._trust_remote_code, *loading)
+
+    def read(self, kind: Any, **arguments: Any) -> Any:
+        """Read a part of the checkpoint; say what to do where it cannot be read."""
+        try:
+            return kind.from_pretrained(
+                self.model,
+                revision=self._revision,
+                trust_remote_code=self._trust_remote_code,
+                **arguments,
+            )
+        except OSError as error:
+            raise ValueError(
+                f"the reward model {self.model} cannot be read ({kind.__name__}): name a folder that "
+                "holds config.json, tokenizer and *.safetensors files, or a model of the hub that "
+                "this machine can reach; weights in *.bin files are not loaded: save them with "
+                "`save_pretrained` first"
+            ) from error
+
+    def read_model(self, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+        """Read the model; return it, and what its checkpoint lacked."""
+        if self.device_map is not None:
+            arguments["device_map"] = self.device_map
+        if self._quantization_config is not None:
+            arguments["quantization_config"] = self._quantization_config
+        model, info = self.read(
+            AutoModelForSequenceClassification,
+            dtype=self.dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **arguments,
+        )
+        if self.device_map is None and getattr(model, "quantization_method", None) is None:
+            model = model.to(self.device)
+        return model, info
+
+    @property
+    def dtype(self) -> str:
+        """Name of the type of the weights, or `"auto"`."""
+        if self._dtype is not None:
+            return self._dtype
+        return "float32" if self.device == "cpu" and self.device_map is None else "auto"
 
     @property
     def config(self) -> Any:
         """The configuration of the model."""
         with self._lock:
             if self._config is None:
-                self._config = AutoConfig.from_pretrained(
-                    self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
-                )
+                self._config = self.read(AutoConfig)
             return self._config
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Hub id and commit, or a digest of what the folder holds."""
+        """Hub id and commit, or a digest of what the folder holds; and type of the weights."""
         if self._identity is None:
-            if os.path.isdir(self.model):
-                self._identity = {
-                    "name": Path(self.model).name,
-                    "digest": _digest(Path(self.model)),
-                }
+            folder = Path(self.model)
+            if folder.is_dir():
+                of_source: dict[str, Any] = {"name": folder.name, "digest": _digest(folder)}
             else:
                 commit = getattr(self.config, "_commit_hash", None)
-                self._identity = {"name": self.model, "revision": commit or self.revision}
+                of_source = {"name": self.model, "revision": commit or self._revision}
+            quantised = self._quantization_config
+            self._identity = {
+                **of_source,
+                "dtype": str(self.config.dtype) if self.dtype == "auto" else self.dtype,
+                "quantization": None if quantised is None else digest(repr(quantised)),
+            }
         return self._identity
 
 
@@ -531,39 +611,31 @@ def _default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _load(source: _Source, device: str, dtype: str | None) -> _Loaded:
+def _load(source: _Source) -> _Loaded:
     """Return a model from the registry, loading it where nobody uses it yet."""
-    key = (*source.key, device, dtype)
+    key = source.key
     with _registry_lock:
         lock = _model_locks.setdefault(key, threading.Lock())
     with lock:
         loaded = _models.get(key)
         if loaded is None:
-            loaded = _models[key] = _load_anew(source, device, dtype)
+            loaded = _models[key] = _load_anew(source)
         return loaded
 
 
-def _load_anew(source: _Source, device: str, dtype: str | None) -> _Loaded:
+def _load_anew(source: _Source) -> _Loaded:
     config = source.config
     keeps = _may_keep(config)
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        source.model,
-        revision=source.revision,
-        trust_remote_code=source.trust_remote_code,
-        use_safetensors=True,
-        dtype=dtype or "auto",
-        output_loading_info=True,
-        **({"attn_implementation": ATTENTION} if keeps else {}),
-    )
+    model, info = source.read_model(**({"attn_implementation": ATTENTION} if keeps else {}))
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
             f"{source.model} is no classifier: its checkpoint has no {', '.join(missing[:3])}"
         )
-    tokenizer = AutoTokenizer.from_pretrained(
-        source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
-    )
-    model = model.to(device).eval().requires_grad_(False)
+    tokenizer = source.read(AutoTokenizer)
+    model = model.eval().requires_grad_(False)
+    if can_pack(model):
+        pack(model)
     loaded = _Loaded(model, tokenizer, vocabulary_of(tokenizer), keeps)
     if keeps:
         difference = _difference(loaded)
@@ -740,13 +812,22 @@ class _Writer:
     """
 
     def __init__(
-        self, loaded: _Loaded, *, view: View | None, closed: Closed, max_length: int | None
+        self,
+        loaded: _Loaded,
+        *,
+        view: View | None,
+        closed: Closed,
+        max_length: int | None,
+        chat_template: str | None,
     ) -> None:
         self._tokenizer = loaded.tokenizer
+        if chat_template is not None:
+            self._tokenizer = copy.copy(loaded.tokenizer)
+            self._tokenizer.chat_template = chat_template
         self._vocabulary = loaded.vocabulary
         self._closed = closed
-        self._encoder = TextEncoder(loaded.tokenizer)
-        has_template = bool(getattr(loaded.tokenizer, "chat_template", None))
+        self._encoder = TextEncoder(self._tokenizer)
+        has_template = bool(getattr(self._tokenizer, "chat_template", None))
         self.view: View = view or ("chat" if has_template else "pair")
         self.types: tuple[int, int] | None = None
         self.max_length = _limit(loaded, max_length)
