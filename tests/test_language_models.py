@@ -31,6 +31,7 @@ from langchain_stars.language_models import (
 from langchain_stars.language_models.drafters import RaggedDrafter
 from langchain_stars.language_models.local import FALLBACK_TEMPLATE
 from langchain_stars.language_models.masks import TreeMask, causal_masks
+from langchain_stars.language_models.prompts import PromptStore
 from langchain_stars.language_models.sampling import Sampler
 from langchain_stars.packing import PackedLinear, can_pack
 from langchain_stars.randomness import drafting_uniforms
@@ -771,6 +772,101 @@ def test_the_time_of_a_round_is_measured_and_kept(load: Callable[..., LocalLangu
     assert language_model.round_seconds(1, 4, 4) == 1.0 + 3 * 3.0
     assert language_model.round_seconds(2, 3, 2) == 3.0 + 4.0
     assert language_model.round_seconds(8, 2, 2) == 5.0 + 9.0
+
+
+# Prompts shared by requests
+
+
+def test_a_prompt_that_begins_like_another_of_its_partition_is_not_forwarded_again(
+    load: Callable[..., LocalLanguageModel],
+) -> None:
+    for family in ("llama", "gemma3_text"):
+        language_model = load(family)
+        plain = plainly(language_model)
+        system = list(range(20, 50))
+
+        def turn(
+            *ids: int, partition: str = "one", model: LocalLanguageModel = language_model
+        ) -> tuple[Prefix, list[Candidate], int]:
+            before = model.counts.reused
+            prefix = Prefix([*range(20, 50), *ids], partition=partition)
+            [candidates] = model.draw([ask(prefix, count=2)])
+            return prefix, candidates, model.counts.reused - before
+
+        assert turn(60, 61)[2] == 0
+        prefix, candidates, reused = turn(70, 71, 72)
+        assert reused == len(system)
+        assert candidates == plain.draw(ask(prefix, count=2))
+        assert turn(60, 61)[2] == len(system) + 1  # all but the last, which is fed
+        assert turn(60, 61, partition="other")[2] == 0
+        assert turn(60, 61, partition="")[2] == 0
+        # The thread goes on: what was kept of the reply is known too.
+        prefix.token_ids += candidates[1].token_ids
+        language_model.draw([ask(prefix, segment=1)])
+        language_model.release(prefix)
+        longer, candidates, reused = turn(70, 71, 72, *prefix.token_ids, 80, 81)
+        assert reused == len(prefix)
+        assert candidates == plain.draw(ask(longer, count=2))
+        # And it is no prompt's fault if somebody else's row lies at the same place.
+        other = Prefix(range(90, 130), partition="one")
+        assert language_model.draw([ask(other)]) == [plain.draw(ask(other))]
+
+
+def test_without_a_store_every_prompt_is_forwarded(
+    load: Callable[..., LocalLanguageModel],
+) -> None:
+    language_model = load(prompt_bytes=0)
+    for _ in range(2):
+        language_model.draw([ask(Prefix(range(20, 60), partition="one"))])
+    assert (language_model.counts.prompt, language_model.counts.reused) == (80, 0)
+    with pytest.raises(ValueError, match="`prompt_bytes` must be"):
+        load(prompt_bytes=-1)
+
+
+def test_the_store_is_bounded_and_drops_what_was_not_used_for_longest() -> None:
+    def states(count: int) -> list[torch.Tensor]:
+        return [torch.zeros(count)]  # 4 bytes a token
+
+    store = PromptStore(4 * 100)
+    prompts = {name: [at * 1000 + n for n in range(30)] for at, name in enumerate("abcd")}
+    for name in "abc":
+        store.put("p", prompts[name], states(30))
+    assert store.find("p", prompts["a"])[0] == 30
+    store.put("p", prompts["d"], states(30))
+    assert [store.find("p", prompts[name])[0] for name in "abcd"] == [30, 0, 30, 30]
+    assert store.num_bytes == 4 * 90
+    # A longer one takes the place of what it continues; one too large is left out.
+    store.put("p", [*prompts["a"], 1, 2], states(32))
+    assert store.num_bytes == 4 * 92
+    store.put("p", range(101), states(101))
+    assert store.num_bytes == 4 * 92
+    assert store.find("q", prompts["a"]) == (0, [])
+    assert store.find("p", prompts["a"][:15])[0] == 0  # too few to be worth it
+    store.clear()
+    assert (store.num_bytes, store.find("p", prompts["a"])[0]) == (0, 0)
+
+
+def test_stored_prompts_are_given_up_before_anything_is_split(
+    load: Callable[..., LocalLanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language_model = load()
+    request = ask(Prefix(range(20, 60), partition="one"), count=2)
+    wanted = language_model.draw([request])
+    model = language_model._loaded().network.model
+    forward, failures = model.forward, [MemoryError()]
+
+    def failing(**arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return forward(**arguments)
+
+    monkeypatch.setattr(model, "forward", failing)
+    assert language_model.draw([request]) == wanted
+    assert language_model.counts.out_of_memory == 1
+    assert language_model.max_candidates == 16
+    drafter = language_model._loaded()
+    assert isinstance(drafter, RaggedDrafter)
+    assert drafter.prompts.num_bytes == 0
 
 
 # Loading

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from langchain_stars.language_models.base import Candidate, Drafting, Prefix, Request
 from langchain_stars.language_models.masks import TreeMask, causal_masks
+from langchain_stars.language_models.prompts import PromptStore, num_common
 from langchain_stars.language_models.sampling import Sampler
 from langchain_stars.ragged_cache import RaggedCache
 from langchain_stars.randomness import drafting_uniforms
@@ -277,6 +278,10 @@ class Drafter(ABC):
         """Memory held for keys and values, in bytes."""
         return 0
 
+    def spare(self) -> bool:
+        """Free what is only held for requests to come; return whether there was anything."""
+        return False
+
     @abstractmethod
     def stepping(self, queries: int) -> Callable[[], Tensor]:
         """Return a function that makes one forward pass of so many queries, to be timed."""
@@ -300,14 +305,6 @@ def _rooms(network: Network, requests: Sequence[Request]) -> list[int]:
             )
         rooms.append(network.context_length - length)
     return rooms
-
-
-def _num_common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the length of the longest common prefix."""
-    shorter = min(len(one), len(other))
-    if one[:shorter] == other[:shorter]:
-        return shorter
-    return next(at for at in range(shorter) if one[at] != other[at])
 
 
 def _bucket(length: int) -> int:
@@ -346,8 +343,9 @@ class _Row:
 class _Pool:
     """The rows of one lane and their buffers. One round at a time."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, prompts: PromptStore) -> None:
         self._network = network
+        self._prompts = prompts
         self.busy = False
         self.cache: RaggedCache | None = None
         self.logits: Tensor | None = None
@@ -356,13 +354,32 @@ class _Pool:
         self._released: list[Prefix] = []
 
     def release(self, prefix: Prefix) -> None:
-        """Free a prefix's row, now or when the round has ended."""
+        """Free a prefix's row, now or when the round has ended; its prompt may be stored."""
         if self.busy:
             self._released.append(prefix)
             return
         row = self._of.pop(prefix, None)
         if row is not None:
+            self.store(prefix, row)
             self._rows[row.index] = None
+
+    @torch.inference_mode()
+    def store(self, prefix: Prefix, row: _Row) -> None:
+        """Store what a row holds of a prefix, if that is allowed and new."""
+        if self.cache is not None and self._prompts.wants(prefix.partition, row.ids):
+            states = self.cache.take(row.index, num_slots=len(row.ids))
+            self._prompts.put(prefix.partition, row.ids, states)
+
+    def recall(self, prefix: Prefix, row: _Row) -> int:
+        """Let a new row begin with what is stored; return the number of tokens."""
+        if row.ids or not prefix.partition or self.cache is None:
+            return 0
+        wanted = prefix.prompt_ids[:-1]  # the last one is fed, for the logits behind it
+        length, states = self._prompts.find(prefix.partition, wanted)
+        if length:
+            self.cache.put(row.index, states, num_slots=length)
+            row.ids = list(wanted[:length])
+        return length
 
     def settle(self) -> None:
         """End a round."""
@@ -462,14 +479,21 @@ class _Pool:
 class RaggedDrafter(Drafter):
     """Drafts all branches of all rows at once, on a cache whose rows have lengths of their own."""
 
-    def __init__(self, network: Network, counts: Counts) -> None:
+    def __init__(self, network: Network, counts: Counts, prompts: PromptStore) -> None:
         super().__init__(network, counts)
+        self.prompts = prompts
         self._pools: dict[str, _Pool] = {}
 
     @property
     def num_bytes(self) -> int:
         """Memory held for keys and values, in bytes."""
         return sum(pool.cache.num_bytes for pool in self._pools.values() if pool.cache is not None)
+
+    def spare(self) -> bool:
+        """Drop the prompts that are stored."""
+        held = self.prompts.num_bytes > 0
+        self.prompts.clear()
+        return held
 
     def release(self, prefix: Prefix) -> None:
         """Free the prefix's row."""
@@ -510,7 +534,7 @@ class RaggedDrafter(Drafter):
     def round(self, requests: Sequence[Request]) -> Drafting:
         """Draft for all rows at once."""
         rooms = _rooms(self.network, requests)
-        pool = self._pools.setdefault(requests[0].prefix.lane, _Pool(self.network))
+        pool = self._pools.setdefault(requests[0].prefix.lane, _Pool(self.network, self.prompts))
         if pool.busy:
             raise RuntimeError("a round of this lane is under way; a lane has one at a time")
         pool.busy = True
@@ -532,6 +556,9 @@ class RaggedDrafter(Drafter):
         missing = self._keep(pool, rows, draws.requests)
         for _ in self._feed(pool, rows, missing):
             yield ()
+        for row, request, lacked in zip(rows, draws.requests, missing, strict=True):
+            if len(lacked) > 1:
+                pool.store(request.prefix, row)
 
         assert pool.logits is not None
         streamed = self._draw(draws, pool.logits[: len(rows), None], 0, len(rows))
@@ -576,12 +603,13 @@ class RaggedDrafter(Drafter):
         kept: list[int] = []
         moves: list[tuple[int, int, int]] = []
         wanted = [[*r.prefix.prompt_ids, *r.prefix.token_ids] for r in requests]
-        for row, ids in zip(rows, wanted, strict=True):
-            length = _num_common(row.ids, ids)
+        for row, request, ids in zip(rows, requests, wanted, strict=True):
+            self.counts.reused += pool.recall(request.prefix, row)
+            length = num_common(row.ids, ids)
             if length == len(row.ids) and row.drafted:
                 added = ids[length:]
                 matching, branch = max(
-                    (_num_common(drafted, added), -at) for at, drafted in enumerate(row.drafted)
+                    (num_common(drafted, added), -at) for at, drafted in enumerate(row.drafted)
                 )
                 if row.branches > 1:
                     moves += [

@@ -40,6 +40,7 @@ from langchain_stars.language_models.drafters import (
     ragged_error,
     snapshot_error,
 )
+from langchain_stars.language_models.prompts import PromptStore
 from langchain_stars.packing import can_pack, pack, share_weights
 from langchain_stars.ragged_cache import ATTENTION
 from langchain_stars.templates import TextEncoder, encode_chat, vocabulary_of
@@ -50,21 +51,24 @@ Drafts: TypeAlias = Literal["ragged", "snapshot", "recompute"]
 """How candidates are drafted, from the fastest to the one that every model allows."""
 
 RAGGED_FAMILIES = frozenset(
-    [
+    {
         "apertus",
         "arcee",
         "cohere",
         "cohere2",
+        "deepseek_v3",
         "ernie4_5",
+        "ernie4_5_moe",
         "exaone4",
         "gemma",
         "gemma2",
         "gemma3_text",
         "glm",
         "glm4",
+        "glm4_moe",
         "gpt2",
-        "gpt_neo",
         "gpt_neox",
+        "gpt_oss",
         "gptj",
         "granite",
         "granitemoe",
@@ -91,7 +95,7 @@ RAGGED_FAMILIES = frozenset(
         "smollm3",
         "stablelm",
         "starcoder2",
-    ]
+    }
 )
 """Families of transformers (`model_type`) whose layers see what position ids and masks say."""
 
@@ -199,6 +203,9 @@ class LocalLanguageModel(LanguageModel):
         pack_weights: Whether, on a CPU in float32, the weights of linear layers are laid out anew
             when they are loaded: several candidates then take about the time of one. Of a model
             given as an object the packed weights are a copy.
+        prompt_bytes: Most memory, at least 0, for prompts that later requests may begin with; 0
+            keeps none. Only requests that name a `partition` share, and only with those that name
+            the same. Keys and values that were computed in another batch differ in the last bits.
         drafts: How candidates are drafted; None takes the fastest way that a check at load finds
             right: `"ragged"` keeps keys and values once a reply, `"snapshot"` copies the model's
             own cache (for recurrent models), `"recompute"` keeps nothing.
@@ -224,6 +231,7 @@ class LocalLanguageModel(LanguageModel):
         trust_remote_code: bool = False,
         attention: str = ATTENTION,
         pack_weights: bool = True,
+        prompt_bytes: int = 1 << 28,
         drafts: Drafts | None = None,
         chat_template: str | None = None,
         context_length: int | None = None,
@@ -232,6 +240,8 @@ class LocalLanguageModel(LanguageModel):
     ) -> None:
         if drafts not in (None, "ragged", "snapshot", "recompute"):
             raise ValueError(f"`drafts` must be ragged, snapshot, recompute or None, got {drafts}")
+        if prompt_bytes < 0:
+            raise ValueError(f"`prompt_bytes` must be at least 0, got {prompt_bytes}")
         if context_length is not None and context_length < 2:
             raise ValueError(f"`context_length` must be at least 2, got {context_length}")
         self._given = None if isinstance(model, str | os.PathLike) else model
@@ -262,6 +272,7 @@ class LocalLanguageModel(LanguageModel):
             identity=0 if self._given is None else id(model),
         )
         self._drafts = drafts
+        self._prompt_bytes = prompt_bytes
         self._chat_template = chat_template
         self._given_context_length = context_length
         self._drafted_control_tokens = frozenset(drafted_control_tokens)
@@ -424,6 +435,7 @@ class LocalLanguageModel(LanguageModel):
             except OSError:  # many checkpoints have none
                 config = None
         said = {field.name: getattr(config, field.name, None) for field in fields(Sampling)}
+        said["top_k"] = said["top_k"] or None  # 0 keeps all
         return Sampling(**{name: value for name, value in said.items() if value is not None})
 
     def encode(self, chat: Chat, *, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
@@ -526,6 +538,8 @@ class LocalLanguageModel(LanguageModel):
         if self._device.startswith("cuda"):
             torch.cuda.empty_cache()
         everywhere = range(len(requests))
+        if drafter.spare():
+            return (yield from _skipping(self._backing_off(requests), shown))
         if widest > 1:
             self._most_candidates = max(1, min(self._most_candidates, widest // 2))
             fewer = [replace(r, count=(r.count + 1) // 2) for r in requests]
@@ -573,44 +587,49 @@ class LocalLanguageModel(LanguageModel):
         return drafter
 
     def _load(self) -> Any:
-        attention = self._source.attention
-        config = self._config.get_text_config()
-        if getattr(config, "attn_logit_softcapping", None) is not None:
-            attention = "eager"
+        began = time.perf_counter()
         if self._given is not None:
             model = self._given
             if getattr(model, "hf_device_map", None) is None:
-                model = share_weights(model)  # what is set below is not the caller's
-            if type(model)._supports_attention_backend or attention == "eager":
-                model.set_attn_implementation(attention)
-            return self._packed(model.eval())
-        from transformers import AutoModelForCausalLM
+                model = share_weights(model)  # what is changed below is not the caller's
+        else:
+            from transformers import AutoModelForCausalLM
 
-        began = time.perf_counter()
-        arguments: dict[str, Any] = dict(self._settings)
-        if self._device_map is not None:
-            arguments["device_map"] = self._device_map
-        if attention != ATTENTION:
-            arguments["attn_implementation"] = attention
-        dtype: Any = "auto" if self._source.dtype == "auto" and self._device_map else self._dtype
-        _check_weights(self._name)
-        model = self._read(AutoModelForCausalLM, dtype=dtype, use_safetensors=True, **arguments)
-        if attention == ATTENTION and type(model)._supports_attention_backend:
-            model.set_attn_implementation(ATTENTION)
-        quantised = getattr(model, "quantization_method", None) is not None
-        if self._device_map is None and not quantised:
-            model = model.to(self._device)
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        model = self._packed(model.eval())
+            _check_weights(self._name)
+            arguments: dict[str, Any] = dict(self._settings)
+            if self._device_map is not None:
+                arguments["device_map"] = self._device_map
+            own_dtype = self._source.dtype == "auto" and self._device_map is not None
+            model = self._read(
+                AutoModelForCausalLM,
+                dtype="auto" if own_dtype else self._dtype,
+                use_safetensors=True,
+                **arguments,
+            )
+            quantised = getattr(model, "quantization_method", None) is not None
+            if self._device_map is None and not quantised:
+                model = model.to(self._device)
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+        self._set_attention(model)
+        model = model.eval()
+        if self._source.pack and can_pack(model):
+            _log.debug("packed %d linear layers of %s", pack(model), self._name)
         _log.info("loaded %s in %.1f s", self._name, time.perf_counter() - began)
         return model
 
-    def _packed(self, model: Any) -> Any:
-        """Pack the weights of a model's linear layers, where that is to be had."""
-        if self._source.pack and can_pack(model):
-            _log.debug("packed %d linear layers of %s", pack(model), self._name)
-        return model
+    def _set_attention(self, model: Any) -> None:
+        """Set the attention that was asked for, or one that the model can do with masks."""
+        wanted = self._source.attention
+        if getattr(self._config.get_text_config(), "attn_logit_softcapping", None) is not None:
+            wanted = "eager"
+        for attention in (wanted, "eager"):
+            if type(model)._supports_attention_backend or attention in ("sdpa", "eager"):
+                try:
+                    model.set_attn_implementation(attention)
+                    return
+                except (ValueError, ImportError) as error:
+                    _log.info("%s cannot attend by %s: %s", self._name, attention, type(error))
 
     def _read(self, kind: Any, name: str | None = None, **arguments: Any) -> Any:
         """Read a part of the checkpoint; say what to do where it is not there."""
@@ -703,6 +722,8 @@ class LocalLanguageModel(LanguageModel):
             if way not in weights.drafts:
                 weights.drafts[way] = self._is_right(way, network)
             if weights.drafts[way]:
+                if drafter is RaggedDrafter:
+                    return RaggedDrafter(network, self.counts, PromptStore(self._prompt_bytes))
                 return drafter(network, self.counts)
             if self._drafts is not None:
                 raise ValueError(
