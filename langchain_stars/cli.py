@@ -1,4 +1,4 @@
-"""The command line: `langchain-stars chat` and `langchain-stars demo`.
+"""The command line: `langchain-stars chat`, `demo` and `benchmark`.
 
 Knows arguments, terminals and what a reply says of itself. Each command is a function that takes
 the parser of its arguments, adds them, and returns what runs it; models are imported when one runs.
@@ -160,7 +160,24 @@ def _demo(parser: argparse.ArgumentParser) -> Run:
     return _run_demo
 
 
-_COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {"chat": _chat, "demo": _demo}
+def _benchmark(parser: argparse.ArgumentParser) -> Run:
+    """Measure guarded decoding beside the plain decoder and its peers: one table, with its gates."""
+    parser.add_argument("--only", metavar="C1,C3", help="these rows; growth: the curves")
+    parser.add_argument("--json", metavar="PATH", help="where to save everything as JSON")
+    parser.add_argument("--picture", metavar="PATH", help="where to save a picture")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="measure less, to see that it runs: minutes, not half an hour",
+    )
+    return _run_benchmark
+
+
+_COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
+    "chat": _chat,
+    "demo": _demo,
+    "benchmark": _benchmark,
+}
 """What can be run; the first line of each docstring is its summary."""
 
 
@@ -245,6 +262,17 @@ def _legend(screen: _Screen) -> None:
         painter.mark(_raised(attempts), "dim")
         painter.write(" ")
     painter.end()
+
+
+def _run_benchmark(arguments: argparse.Namespace) -> int:
+    from langchain_stars import benchmark
+
+    return benchmark.main(
+        only=arguments.only,
+        json=arguments.json,
+        picture=arguments.picture,
+        quick=arguments.quick,
+    )
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
@@ -762,3 +790,7 @@ def _program() -> str:
         return _PROGRAM
     path = os.path.join(os.path.dirname(sys.executable), _PROGRAM)
     return os.path.relpath(path) if os.path.exists(path) else _PROGRAM
+
+
+if __name__ == "__main__":
+    sys.exit(main())

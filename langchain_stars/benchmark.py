@@ -1,0 +1,2166 @@
+"""Measures the engine beside the plain decoder, its peers and what the machine allows.
+
+Knows shapes, workloads, ratios and gates; nothing of text that anyone wrote. Models have random
+weights of a stated shape, and acceptance is forced: every reward really reads every candidate, and
+what is decided is a coin of known probability, the same on both sides of a ratio. So costs are
+measured at a known acceptance, without weights to download.
+"""
+
+import contextlib
+import importlib.metadata
+import itertools
+import logging
+import math
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from json import dumps as dump_json
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from langchain_stars.acceptance import Acceptance, Constant, expected_accepted
+from langchain_stars.decoder import Policy, Report
+from langchain_stars.engine import Engine, Order, Priority, SyncReply
+from langchain_stars.language_models.local import LocalLanguageModel
+from langchain_stars.packing import can_pack, pack, share_weights
+from langchain_stars.rewards.base import Leaf, Raw, Scorer, ScoreRequest, Subject
+from langchain_stars.rewards.classifiers import SequenceClassifier
+
+SEGMENT_SIZE = 16
+MAX_ATTEMPTS = 20
+COMMAND = "langchain-stars benchmark"
+
+_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_BUCKET = 256
+_BARRIER_ROWS = 64
+
+
+# Models
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Size of a Llama with random weights.
+
+    Attributes:
+        layers: Number of layers.
+        width: Size of a hidden state; a head has `head_size` of it.
+        heads: Query heads.
+        kept_heads: Heads of keys and values.
+        inner: Size of the hidden layer of an MLP.
+        vocab: Number of tokens.
+        head_size: Size of a head.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    kept_heads: int
+    inner: int
+    vocab: int = 16000
+    head_size: int = 64
+
+    @property
+    def num_layer_parameters(self) -> int:
+        """Parameters of all layers, without embeddings and heads."""
+        heads = 2 * self.heads + 2 * self.kept_heads
+        return self.layers * self.width * (heads * self.head_size + 3 * self.inner + 2)
+
+    @property
+    def num_streamed_parameters(self) -> int:
+        """Parameters that a forward pass of the language model reads."""
+        return self.num_layer_parameters + self.width * (self.vocab + 1)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the language model."""
+        return self.num_streamed_parameters + self.vocab * self.width
+
+    @property
+    def num_token_values(self) -> int:
+        """Numbers that are kept of a token: keys and values of all layers."""
+        return 2 * self.layers * self.kept_heads * self.head_size
+
+    def config(self, **settings: Any) -> LlamaConfig:
+        """Return the configuration of transformers; no token ends a reply."""
+        return LlamaConfig(
+            num_hidden_layers=self.layers,
+            hidden_size=self.width,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kept_heads,
+            head_dim=self.head_size,
+            intermediate_size=self.inner,
+            vocab_size=self.vocab,
+            max_position_embeddings=8192,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+            **settings,
+        )
+
+    def scaled(self, share: float) -> "Shape":
+        """Return a shape whose layers have about `share` of the parameters of these."""
+        heads = max(1, round(self.heads * math.sqrt(share)))
+        width = heads * self.head_size
+        one = Shape(
+            layers=1,
+            width=width,
+            heads=heads,
+            kept_heads=max(1, heads // 3) if heads % 3 == 0 else 1,
+            inner=round(width * self.inner / self.width),
+            vocab=self.vocab,
+            head_size=self.head_size,
+        )
+        layers = share * self.num_layer_parameters / one.num_layer_parameters
+        return Shape(**{**asdict(one), "layers": max(1, round(layers))})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How much is measured.
+
+    Attributes:
+        language_model: What drafts.
+        reward: What judges.
+        device: Device of torch.
+        dtype: Type of the weights.
+        prompt: Tokens of a prompt.
+        tokens: Tokens of a reply, a multiple of the segment's.
+        pairs: Times that both sides of a ratio are measured, at least 1.
+        long_pairs: The same, of what takes long.
+        barrier_rows: Rows of the comparison with a barrier.
+        barrier_segments: Segments of each of them.
+        prompts: Lengths of prompts of the growth curve.
+        rows: Numbers of rows of the growth curve.
+        shares: Sizes of rewards of the growth curve, relative to the language model.
+        memory_rounds: Rounds over which memory must not grow.
+    """
+
+    language_model: Shape
+    reward: Shape
+    device: str = "cpu"
+    dtype: str = "float32"
+    prompt: int = 64
+    tokens: int = 128
+    pairs: int = 5
+    long_pairs: int = 3
+    barrier_rows: int = _BARRIER_ROWS
+    barrier_segments: int = 9
+    prompts: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
+    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    shares: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    memory_rounds: int = 1000
+
+
+CPU_MODEL = Shape(layers=8, width=768, heads=12, kept_heads=4, inner=2048)
+CPU_REWARD = Shape(layers=5, width=384, heads=6, kept_heads=2, inner=1024)
+"""A token of it costs an eighth of one of the language model."""
+GPU_MODEL = Shape(
+    layers=32, width=4096, heads=32, kept_heads=8, inner=14336, vocab=128256, head_size=128
+)
+GPU_REWARD = Shape(layers=16, width=2048, heads=32, kept_heads=8, inner=8192, vocab=128256)
+TINY_MODEL = Shape(layers=2, width=32, heads=4, kept_heads=2, inner=64, vocab=1000, head_size=8)
+TINY_REWARD = Shape(layers=1, width=16, heads=2, kept_heads=1, inner=32, vocab=1000, head_size=8)
+
+CPU = Scale(language_model=CPU_MODEL, reward=CPU_REWARD)
+GPU = Scale(
+    language_model=GPU_MODEL, reward=GPU_REWARD, device="cuda", dtype="bfloat16", prompt=512
+)
+_LESS: dict[str, Any] = {
+    "tokens": 64,
+    "pairs": 2,
+    "long_pairs": 1,
+    "barrier_rows": 8,
+    "barrier_segments": 3,
+    "prompts": (128, 512, 1024),
+    "rows": (1, 4, 16),
+    "shares": (1 / 8, 1 / 2),
+    "memory_rounds": 100,
+}
+
+
+def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
+    """Return a BPE tokenizer of made-up words; every id decodes to text that encodes to it."""
+    letters = [*_LETTERS, "Ġ"]
+    pairs = [a + b for a, b in itertools.product(_LETTERS, repeat=2)]
+    room = vocab - len(letters) - len(pairs)
+    words = [
+        a + b for a, b in itertools.islice(itertools.product(pairs, repeat=2), max(0, room // 2))
+    ]
+    tokens = [*letters, *pairs, *words, *("Ġ" + word for word in words)]
+    tokens += [f"Ġ{pair}" for pair in pairs][: vocab - len(tokens)]
+    tokens = tokens[:vocab]
+    known = set(tokens)
+    merges = [(pair[0], pair[1]) for pair in pairs if pair in known]
+    merges += [(word[:2], word[2:]) for word in words]
+    merges += [("Ġ", token[1:]) for token in tokens if len(token) > 1 and token[0] == "Ġ"]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: at for at, token in enumerate(tokens)}, merges=merges)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=8192,
+    )
+
+
+# Forced acceptance
+
+
+def stratified_attempts(probability: float, count: int, *, seed: int) -> list[int]:
+    """Return how many attempts each of some segments needs, in an order that `seed` decides.
+
+    They are the quantiles of the geometric law, and their mean is exactly 1 / `probability`
+    (rounded to a whole number of attempts in all), so that two runs differ by time alone.
+
+    Args:
+        probability: Chance that an attempt is accepted, in (0, 1].
+        count: Number of segments, at least 1.
+        seed: Decides the order.
+    """
+    needed = [
+        max(1, min(MAX_ATTEMPTS, _quantile(probability, (at + 0.5) / count))) for at in range(count)
+    ]
+    left = round(count / probability) - sum(needed)
+    while left:
+        step = 1 if left > 0 else -1
+        free = [at for at in range(count) if 1 <= needed[at] + step <= MAX_ATTEMPTS]
+        if step < 0:
+            free = [at for at in free if needed[at] > 1]
+        # The longest is moved: of its place in the tail the quantile says least.
+        at = max(free, key=lambda index: needed[index])
+        needed[at] += step
+        left -= step
+    random.Random(seed).shuffle(needed)
+    return needed
+
+
+def _quantile(probability: float, share: float) -> int:
+    if probability >= 1:
+        return 1
+    return math.ceil(math.log1p(-share) / math.log1p(-probability))
+
+
+class ForcedScorer(Scorer):
+    """Has a classifier read every candidate, and answers with coins that are known beforehand.
+
+    Args:
+        classifier: What reads; what it says is thrown away.
+        needed: For each prompt, by its text, the attempts that each segment needs.
+
+    Attributes:
+        num_asked: Candidates read.
+    """
+
+    on_device: ClassVar[bool] = True
+
+    def __init__(self, classifier: SequenceClassifier, needed: Mapping[str, Sequence[int]]) -> None:
+        self._classifier = classifier
+        self._needed = needed
+        self._asked: WeakKeyDictionary[Subject, dict[int, int]] = WeakKeyDictionary()
+        self.num_asked = 0
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[list[Raw]]:
+        """Return 1 for the attempt that is to be accepted and those after it, else 0."""
+        self._classifier.score(requests)
+        return [[self._coin(request) for _ in request.candidates] for request in requests]
+
+    def _coin(self, request: ScoreRequest) -> Raw:
+        self.num_asked += 1
+        asked = self._asked.setdefault(request.subject, {})
+        segment = len(request.accepted.token_ids or ()) // SEGMENT_SIZE
+        asked[segment] = asked.get(segment, 0) + 1
+        text = str(request.subject.chat[0]["content"])
+        return (float(asked[segment] >= self._needed[text][segment]),)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """The classifier's."""
+        return {"kind": "forced", "scorer": self._classifier.identity}
+
+    @property
+    def cost(self) -> float:
+        """The classifier's."""
+        return self._classifier.cost
+
+    def load(self) -> None:
+        """Load the classifier."""
+        self._classifier.load()
+
+    def release(self, subject: Subject) -> None:
+        """Drop what was read of a reply."""
+        self._classifier.release(subject)
+        self._asked.pop(subject, None)
+
+
+class Coin(Leaf):
+    """What a forced scorer says, as a reward of 0 or 1."""
+
+    def __init__(self, scorer: ForcedScorer) -> None:
+        self.scorer = scorer
+
+    @property
+    def name(self) -> str:
+        """Coin."""
+        return "coin"
+
+    def read(self, raw: Raw) -> float:
+        """Return the coin."""
+        return raw[0]
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """The scorer's."""
+        return {"scorer": self.scorer.identity}
+
+
+# Workloads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One measured run of one side.
+
+    Attributes:
+        seconds: From the first call to the last token.
+        num_tokens: Tokens of the replies.
+        first_seconds: From the call of the first reply to its first segment.
+        steady_seconds: From the first segment of the first reply to its end.
+        num_attempts: Attempts judged.
+        num_drafted: Tokens drawn.
+        num_rounds: Rounds of the engine.
+        filled: Rows in flight of rows allowed while replies waited, in [0, 1]; None if none did.
+        texts: What was replied.
+    """
+
+    seconds: float
+    num_tokens: int
+    first_seconds: float = math.nan
+    steady_seconds: float = math.nan
+    num_attempts: int = 0
+    num_drafted: int = 0
+    num_rounds: int = 0
+    filled: float | None = None
+    texts: tuple[str, ...] = ()
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.num_tokens / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    text: str
+    ids: tuple[int, ...]
+
+
+Side: TypeAlias = Callable[[int], Sample]
+"""Runs a workload, given the number of the pair."""
+
+
+class Bench:
+    """Models, engines and workloads of one scale.
+
+    Args:
+        scale: How much is measured.
+        folder: Where the checkpoint of the reward is written.
+    """
+
+    def __init__(self, scale: Scale, folder: Path) -> None:
+        self.scale = scale
+        self._folder = folder
+        self._engines: dict[tuple[int, bool, bool], Engine] = {}
+        self._classifiers: dict[Shape, SequenceClassifier] = {}
+        self.cuda = scale.device.startswith("cuda")
+
+    def close(self) -> None:
+        """End the engines."""
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()
+
+    # Models
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Of both models."""
+        return make_tokenizer(self.scale.language_model.vocab)
+
+    def _make(self, kind: Any, shape: Shape, seed: int, **settings: Any) -> Any:
+        dtype = getattr(torch, self.scale.dtype)
+        device = torch.device(self.scale.device)
+        with torch.inference_mode(False), torch.random.fork_rng(), device:
+            torch.manual_seed(seed)
+            return kind._from_config(
+                shape.config(**settings), dtype=dtype, attn_implementation="sdpa"
+            ).eval()
+
+    @cached_property
+    def peer(self) -> Any:
+        """The model as transformers runs it."""
+        model = self._make(LlamaForCausalLM, self.scale.language_model, 0)
+        return model.requires_grad_(False)
+
+    @cached_property
+    def _fast(self) -> Any:
+        """The model with its layers as the engine holds them."""
+        return _as_held(self.peer)
+
+    @cached_property
+    def _fast_reward(self) -> Any:
+        return _as_held(self._plain_reward)
+
+    @cached_property
+    def language_model(self) -> LocalLanguageModel:
+        """The same weights under the engine."""
+        return self.new_language_model()
+
+    def new_language_model(self) -> LocalLanguageModel:
+        """Return the same weights with nothing computed yet."""
+        return LocalLanguageModel(self.peer, tokenizer=self.tokenizer)
+
+    def classifier(self, shape: Shape | None = None) -> SequenceClassifier:
+        """Return the reward model, or one of another shape."""
+        shape = shape or self.scale.reward
+        if shape not in self._classifiers:
+            folder = self._folder / f"reward{len(self._classifiers)}"
+            self._make(LlamaForSequenceClassification, shape, 1, num_labels=1).save_pretrained(
+                folder
+            )
+            self.tokenizer.save_pretrained(folder)
+            own, its = self.scale.language_model, shape
+            cost = its.num_layer_parameters / own.num_streamed_parameters
+            self._classifiers[shape] = SequenceClassifier(
+                folder, device=self.scale.device, cost=cost
+            )
+            self._classifiers[shape].load()
+        return self._classifiers[shape]
+
+    def prompt(self, number: int, length: int | None = None) -> _Prompt:
+        """Return a prompt; its text encodes to its ids."""
+        draw = random.Random(number)
+        first = len(_LETTERS) + 1 + len(_LETTERS) ** 2
+        words = range(first, self.scale.language_model.vocab)
+        words = range(first + len(words) // 2, self.scale.language_model.vocab)
+        ids = [draw.choice(words) for _ in range(length or self.scale.prompt)]
+        return _Prompt(str(self.tokenizer.decode(ids)), tuple(ids))
+
+    def prompts(self, first: int, count: int, length: int | None = None) -> list[_Prompt]:
+        """Return some prompts, numbered from `first`."""
+        return [self.prompt(number, length) for number in range(first, first + count)]
+
+    # The engine's side
+
+    def engine(self, max_rows: int, *, barrier: bool = False, lazy: bool = True) -> Engine:
+        """Return an engine with so many rows."""
+        key = (max_rows, barrier, lazy)
+        if key not in self._engines:
+            self._engines[key] = Engine(
+                self.scale.device, max_rows=max_rows, barrier=barrier, lazy=lazy
+            )
+        return self._engines[key]
+
+    def policy(
+        self,
+        prompts: Sequence[_Prompt],
+        probability: float,
+        *,
+        tokens: int,
+        seed: int = 0,
+        candidates: int | None = None,
+        shape: Shape | None = None,
+    ) -> Policy:
+        """Return a guard that accepts attempts with a probability, stratified over all prompts."""
+        each = math.ceil(tokens / SEGMENT_SIZE)
+        needed = stratified_attempts(probability, each * len(prompts), seed=seed)
+        decks = {
+            prompt.text: needed[at * each : (at + 1) * each] for at, prompt in enumerate(prompts)
+        }
+        scorer = ForcedScorer(self.classifier(shape), decks)
+        return Policy(
+            objective=Coin(scorer),
+            acceptance=Acceptance(schedule=Constant(0.5), max_attempts=MAX_ATTEMPTS),
+            segment_size=SEGMENT_SIZE,
+            max_candidates=candidates,
+        )
+
+    def run(
+        self,
+        prompts: Sequence[_Prompt],
+        *,
+        policy: Policy | None,
+        tokens: int,
+        max_rows: int,
+        priority: Priority = "interactive",
+        barrier: bool = False,
+        lazy: bool = True,
+        together: bool = True,
+        language_model: LocalLanguageModel | None = None,
+    ) -> Sample:
+        """Have the engine reply to some prompts, at once or one after the other."""
+        engine = self.engine(max_rows, barrier=barrier, lazy=lazy)
+        before = (
+            engine.statistics.num_rounds,
+            engine.statistics.num_waiting_rounds,
+            engine.statistics.num_waiting_row_rounds,
+        )
+
+        def order(prompt: _Prompt) -> Order:
+            return Order(
+                language_model=language_model or self.language_model,
+                chat=[{"role": "user", "content": prompt.text}],
+                prompt_ids=prompt.ids,
+                policy=policy,
+                max_tokens=tokens,
+                seed=prompt.ids[0],
+                max_queue=len(prompts) + _BARRIER_ROWS,
+                priority=priority,
+                segment_size=SEGMENT_SIZE,
+            )
+
+        orders = [order(prompt) for prompt in prompts]
+        firsts: list[float] = []
+        told: list[tuple[str, Report]] = []
+        begin = time.perf_counter()
+        if together:
+            replies = [engine.reply(each) for each in orders]
+            told = [_read(reply, firsts) for reply in replies]
+        else:
+            told = [_read(engine.reply(each), firsts) for each in orders]
+        end = time.perf_counter()
+        after = (
+            engine.statistics.num_rounds,
+            engine.statistics.num_waiting_rounds,
+            engine.statistics.num_waiting_row_rounds,
+        )
+        rounds, waiting, rows = (late - early for late, early in zip(after, before, strict=True))
+        reports = [report for _, report in told]
+        return Sample(
+            seconds=end - begin,
+            num_tokens=sum(report.num_emitted_tokens for report in reports),
+            first_seconds=firsts[0] - begin,
+            steady_seconds=end - firsts[0],
+            num_attempts=sum(report.num_attempts for report in reports),
+            num_drafted=sum(report.num_drafted_tokens for report in reports),
+            num_rounds=rounds,
+            filled=rows / (waiting * max_rows) if waiting else None,
+            texts=tuple(text for text, _ in told),
+        )
+
+    def run_concurrently(
+        self, prompts: Sequence[_Prompt], *, policy: Policy | None, tokens: int, max_rows: int
+    ) -> Sample:
+        """Have as many threads as prompts ask for one reply each."""
+
+        def ask(prompt: _Prompt) -> Sample:
+            return self.run([prompt], policy=policy, tokens=tokens, max_rows=max_rows)
+
+        with ThreadPoolExecutor(len(prompts)) as threads:
+            begin = time.perf_counter()
+            samples = list(threads.map(ask, prompts))
+        return Sample(
+            seconds=time.perf_counter() - begin,
+            num_tokens=sum(sample.num_tokens for sample in samples),
+        )
+
+    # The peers' sides
+
+    def generate(self, prompts: Sequence[_Prompt], *, tokens: int) -> Sample:
+        """Have transformers reply to some prompts in one batch."""
+        ids = torch.tensor([prompt.ids for prompt in prompts], device=self.scale.device)
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            output = self.peer.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=tokens,
+                pad_token_id=0,
+            )
+        num_tokens = output[:, ids.shape[1] :].cpu().numel()
+        return Sample(seconds=time.perf_counter() - begin, num_tokens=num_tokens)
+
+    @cached_property
+    def _paged(self) -> Any:
+        return share_weights(self.peer)
+
+    def batch_continuously(self, prompts: Sequence[_Prompt], *, tokens: int) -> Sample:
+        """Have the continuous batching of transformers reply to some prompts."""
+        from transformers import GenerationConfig
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+        generation = GenerationConfig(
+            do_sample=True, max_new_tokens=tokens, eos_token_id=-1, pad_token_id=0, top_k=0
+        )
+        begin = time.perf_counter()
+        replies = self._paged.generate_batch(
+            [list(prompt.ids) for prompt in prompts],
+            generation_config=generation,
+            continuous_batching_config=ContinuousBatchingConfig(
+                block_size=16, num_blocks=max(64, 2 * len(prompts) * (len(prompts[0].ids) // 8))
+            ),
+        )
+        return Sample(
+            seconds=time.perf_counter() - begin,
+            num_tokens=sum(len(reply.generated_tokens) for reply in replies.values()),
+        )
+
+    def cards(self, prompts: Sequence[_Prompt], probability: float, *, tokens: int) -> Sample:
+        """Run the loop of CARDS' published code, with segments of a fixed size.
+
+        One prompt at a time; every token by a pass over all that was written, whose logits are
+        computed for every position; every attempt judged by a pass over the whole text; nothing
+        kept in between, and nothing that ends a reply early.
+
+        Source:
+            Li et al., COLM 2025, re-implemented from a description of its code; sampling from
+            the 40 likeliest tokens, at most 20 attempts.
+        """
+        each = math.ceil(tokens / SEGMENT_SIZE)
+        needed = stratified_attempts(probability, each * len(prompts), seed=0)
+        self.classifier()
+        reward = self._plain_reward
+        num_attempts = num_tokens = 0
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            for at, prompt in enumerate(prompts):
+                kept = torch.tensor([prompt.ids], device=self.scale.device)
+                reward(input_ids=kept, use_cache=False)  # the threshold begins at the prompt's
+                for segment in range(each):
+                    for attempt in itertools.count(1):
+                        text = kept
+                        for _ in range(SEGMENT_SIZE):
+                            logits = self.peer(input_ids=text, use_cache=False).logits[:, -1]
+                            best = logits.float().topk(40)
+                            drawn = torch.multinomial(best.values.softmax(-1), 1)
+                            text = torch.cat([text, best.indices.gather(-1, drawn)], dim=-1)
+                        float(reward(input_ids=text, use_cache=False).logits)
+                        num_attempts += 1
+                        if attempt >= needed[at * each + segment]:
+                            break
+                    kept = text
+                num_tokens += kept.shape[1] - len(prompt.ids)
+        return Sample(
+            seconds=time.perf_counter() - begin,
+            num_tokens=num_tokens,
+            num_attempts=num_attempts,
+        )
+
+    @cached_property
+    def _plain_reward(self) -> Any:
+        return self._make(LlamaForSequenceClassification, self.scale.reward, 1, num_labels=1)
+
+    # What the machine allows
+
+    def step_seconds(
+        self, queries: int, *, length: int | None = None, reward: bool = False
+    ) -> float:
+        """Return what a forward pass of so many tokens takes, on a cache of transformers.
+
+        Args:
+            queries: One token for each row of the language model; the tokens of one row of the
+                reward.
+            length: Tokens that each row holds; the prompt and half a reply if not given.
+            reward: Whether it is the reward that reads.
+        """
+        key = (queries, length, reward)
+        if key not in self._steps:
+            self._steps[key] = self._time_step(*key)
+        return self._steps[key]
+
+    @cached_property
+    def _steps(self) -> dict[tuple[int, int | None, bool], float]:
+        return {}
+
+    @torch.inference_mode()
+    def _time_step(self, queries: int, length: int | None, reward: bool) -> float:
+        model = self._fast_reward.model if reward else self._fast
+        device = self.scale.device
+        length = length or self.scale.prompt + self.scale.tokens // 2
+        rows, width = (1, queries) if reward else (queries, 1)
+        cache = DynamicCache(config=model.config)
+        model(
+            input_ids=torch.ones((rows, length), dtype=torch.long, device=device),
+            past_key_values=cache,
+        )
+        ids = torch.ones((rows, width), dtype=torch.long, device=device)
+        times = []
+        for _ in range(9):
+            begin = time.perf_counter()
+            output = model(input_ids=ids, past_key_values=cache)
+            float(output[0].flatten()[0])
+            times.append(time.perf_counter() - begin)
+            cache.crop(-width)
+        return statistics.median(times[2:])
+
+    def prompt_seconds(self, *, reward: bool = False) -> float:
+        """Return what reading a prompt takes: of the reward, with the first segment behind it."""
+        key = (0, None, reward)
+        if key not in self._steps:
+            model = self._fast_reward.model if reward else self._fast
+            length = self.scale.prompt + (SEGMENT_SIZE if reward else 0)
+            ids = torch.ones((1, length), dtype=torch.long, device=self.scale.device)
+            settings = {} if reward else {"logits_to_keep": 1}
+            times = []
+            with torch.inference_mode():
+                for _ in range(7):
+                    begin = time.perf_counter()
+                    float(model(input_ids=ids, use_cache=True, **settings)[0].flatten()[0])
+                    times.append(time.perf_counter() - begin)
+            self._steps[key] = statistics.median(times[1:])
+        return self._steps[key]
+
+    def plain_round_seconds(self, rows: int) -> float:
+        """Return what the forward passes of a segment take without a guard."""
+        return SEGMENT_SIZE * self.step_seconds(rows)
+
+    def round_seconds(self, rows: int, candidates: int, probability: float) -> float:
+        """Return what the forward passes of a round take, judged at once or one by one.
+
+        Args:
+            rows: Rows of the round.
+            candidates: Candidates of each.
+            probability: Chance that an attempt is accepted.
+        """
+        kept = expected_accepted(probability, candidates)
+        # Behind a segment that was kept, its last token is read for the logits that follow.
+        fresh = kept if rows == 1 else 1.0
+        at_once = self.step_seconds(rows * candidates * SEGMENT_SIZE, reward=True)
+        one_by_one = self.step_seconds(rows * SEGMENT_SIZE, reward=True) * kept / probability
+        return (
+            fresh * self.step_seconds(rows)
+            + (SEGMENT_SIZE - 1) * self.step_seconds(rows * candidates)
+            + min(at_once, one_by_one)
+        )
+
+    def ceiling(self, rows: int, probability: float, candidates: Sequence[int]) -> float:
+        """Return segments a row and second, at most, with the best number of candidates."""
+        return max(
+            expected_accepted(probability, count) / self.round_seconds(rows, count, probability)
+            for count in candidates
+        )
+
+
+def _as_held(model: Any) -> Any:
+    """Return a model of the same weights, packed where the engine packs them."""
+    fast = share_weights(model)
+    if can_pack(fast):
+        pack(fast)
+    return fast
+
+
+def _read(reply: SyncReply, firsts: list[float]) -> tuple[str, Report]:
+    parts = []
+    seen = False
+    for delta in reply:
+        if not seen and delta.segment is not None:
+            firsts.append(time.perf_counter())
+            seen = True
+        parts.append(delta.text)
+    if reply.report is None:
+        raise RuntimeError("a reply ended without a report")
+    return "".join(parts), reply.report
+
+
+# Rows of the table
+
+
+@dataclass(slots=True, kw_only=True)
+class Result:
+    """A row of the table.
+
+    Attributes:
+        id: Which definition.
+        name: What is measured.
+        value: Median of the paired ratios; None where it was not measured.
+        spread: The least and the greatest of them.
+        gate: What must hold of the value; empty where nothing must.
+        holds: Whether it does; None where nothing must, or it was not measured.
+        ceiling: What the machine allows, from its step times; None where that is not known.
+        counts: How often, and of what.
+        note: Why it was not measured.
+    """
+
+    id: str
+    name: str
+    value: float | None
+    spread: tuple[float, float] | None = None
+    gate: str = ""
+    holds: bool | None = None
+    ceiling: float | None = None
+    counts: str = ""
+    note: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Curve:
+    """How something grows.
+
+    Attributes:
+        id: Short name.
+        title: What is shown.
+        x: Name of the horizontal axis.
+        why: The cost model's explanation, a sentence.
+        lines: Points of each line, by its name.
+    """
+
+    id: str
+    title: str
+    x: str
+    why: str
+    lines: dict[str, list[tuple[float, float]]]
+    y: str = "milliseconds a token"
+
+
+@dataclass(slots=True, kw_only=True)
+class Results:
+    """Everything that was measured.
+
+    Attributes:
+        about: Hardware, versions and models, by name.
+        rows: The table.
+        curves: Growth.
+        seconds: What each part of the measurement took.
+    """
+
+    about: dict[str, str] = field(default_factory=dict)
+    rows: list[Result] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as JSON."""
+        return asdict(self)
+
+    def as_text(self) -> str:
+        """Return everything as a page of text."""
+        lines = [f"{name:<16}{value}" for name, value in self.about.items()]
+        if self.rows:
+            lines += ["", f"{'id':<5}{'what':<58}{'value':>8}  {'spread':<17}{'gate':<9}holds"]
+        for row in self.rows:
+            value = "-" if row.value is None else _number(row.value)
+            spread = "" if row.spread is None else " .. ".join(map(_number, row.spread))
+            holds = {True: "yes", False: "NO", None: ""}[row.holds]
+            lines.append(
+                f"{row.id:<5}{row.name:<58}{value:>8}  {spread:<17}{row.gate:<9}{holds}".rstrip()
+            )
+            more = [] if row.ceiling is None else [f"ceiling {_number(row.ceiling)}"]
+            more += [part for part in (row.counts, row.note) if part]
+            if more:
+                lines.append(f"     {'; '.join(more)}")
+        for curve in self.curves:
+            lines += ["", f"{curve.title}, {curve.y}. {curve.why}"]
+            places = sorted({x for points in curve.lines.values() for x, _ in points})
+            width = max(map(len, [*curve.lines, curve.x])) + 2
+            lines.append(curve.x.ljust(width) + "".join(f"{_number(x):>10}" for x in places))
+            for name, points in curve.lines.items():
+                of = dict(points)
+                values = [f"{_number(of[x]) if x in of else '':>10}" for x in places]
+                lines.append((name.ljust(width) + "".join(values)).rstrip())
+        if self.seconds:
+            took = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
+            lines += ["", f"{sum(self.seconds.values()) / 60:.1f} minutes: {took}"]
+        return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    if value == round(value) and abs(value) < 1e6:
+        return str(round(value))
+    return (
+        f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
+    )
+
+
+Samples: TypeAlias = dict[str, list[Sample]]
+
+
+def _ratios(samples: Samples, over: str, under: str) -> list[float]:
+    """Return the ratio of two sides' rates, pair by pair."""
+    pairs = zip(samples[over], samples[under], strict=True)
+    return [one.rate / other.rate for one, other in pairs]
+
+
+def _row(
+    identifier: str,
+    name: str,
+    values: Sequence[float],
+    gate: str = "",
+    *,
+    ceiling: float | None = None,
+    counts: str = "",
+) -> Result:
+    """Return a row; `gate` is written as `>= 0.9`, `<= 1.1` or `= 1`."""
+    value = statistics.median(values)
+    return Result(
+        id=identifier,
+        name=name,
+        value=value,
+        spread=(min(values), max(values)) if len(values) > 1 else None,
+        gate=gate,
+        holds=_holds(value, gate),
+        ceiling=ceiling,
+        counts=counts,
+    )
+
+
+def _holds(value: float, gate: str) -> bool | None:
+    if not gate:
+        return None
+    sign, bound = gate.split()
+    if sign == ">=":
+        return value >= float(bound)
+    return value <= float(bound) if sign == "<=" else value == float(bound)
+
+
+class Benchmark:
+    """Measures the rows that are asked for, each group of sides interleaved in one loop.
+
+    Args:
+        bench: Models and workloads.
+        only: Rows to measure; all if None.
+        progress: Called with the name of what begins and the number of steps; returns a function
+            that is called after each step.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        *,
+        only: Sequence[str] | None = None,
+        progress: Callable[[str, int], Callable[[], None]] | None = None,
+    ) -> None:
+        self.bench = bench
+        self.scale = bench.scale
+        self._only = only
+        self._progress = progress or (lambda name, count: lambda: None)
+        self.results = Results()
+        self._measured: dict[str, Samples] = {}
+
+    def wants(self, *identifiers: str) -> bool:
+        """Return whether one of some rows is asked for."""
+        return self._only is None or any(each in self._only for each in identifiers)
+
+    def run(self) -> Results:
+        """Measure."""
+        results = self.results
+        results.about = about(self.scale)
+        if self.scale.device == "cpu":
+            torch.set_num_threads(1)
+        for name, group in (
+            ("step times", self._machine),
+            ("one row", self._one_row),
+            ("eight rows", self._eight_rows),
+            ("queue", self._queue),
+            ("cards", self._cards),
+            ("barrier", self._barrier),
+            ("counts", self._counts),
+            ("concurrent calls", self._concurrent),
+            ("first segment", self._first),
+            ("memory", self._memory),
+            ("same tokens", self._same),
+            ("growth", self._growth),
+        ):
+            begin = time.perf_counter()
+            before = len(results.rows) + len(results.curves)
+            group()
+            if len(results.rows) + len(results.curves) > before or name == "step times":
+                results.seconds[name] = time.perf_counter() - begin
+        results.rows.sort(key=lambda row: _IDS.index(row.id))
+        return results
+
+    def _measure(self, name: str, sides: Mapping[str, Side], pairs: int) -> Samples:
+        """Run all sides in turn, again and again, every other time in the opposite order."""
+        if name in self._measured:
+            return self._measured[name]
+        step = self._progress(name, pairs * len(sides))
+        samples: Samples = {side: [] for side in sides}
+        for pair in range(pairs):
+            order = list(sides) if pair % 2 == 0 else list(sides)[::-1]
+            for side in order:
+                samples[side].append(sides[side](pair))
+                step()
+        self._measured[name] = samples
+        return samples
+
+    def _rates(self, samples: Samples, *sides: str) -> str:
+        """Return what some sides did, as counts beside a ratio."""
+        parts = []
+        for side in sides:
+            rate = statistics.median(sample.rate for sample in samples[side])
+            parts.append(f"{side} {rate:.1f} tokens/s")
+        num_tokens = sum(sample.num_tokens for sample in samples[sides[0]])
+        parts.append(f"{len(samples[sides[0]])} pairs, {num_tokens} tokens a side")
+        return ", ".join(parts)
+
+    # The groups
+
+    def _machine(self) -> None:
+        """Measure step times, which the ceilings follow from."""
+        bench = self.bench
+        times = ", ".join(f"t({n}) = {1e3 * bench.step_seconds(n):.1f} ms" for n in (1, 2, 4, 8))
+        reads = ", ".join(
+            f"r({n}) = {1e3 * bench.step_seconds(n, reward=True):.1f} ms" for n in (16, 64, 128)
+        )
+        self.results.about["step times"] = f"language model {times}; reward {reads}"
+
+    def _one_row(self) -> None:
+        """C1, C2, C2b and C3 with one row."""
+        bench, scale = self.bench, self.scale
+        wanted = [each for each in ("C1", "C2", "C2b", "C3") if self.wants(each)]
+        if not wanted:
+            return
+        tokens = scale.tokens
+        each = 2 if scale.pairs > 2 else 1  # replies of a sample, one after the other
+
+        def own(probability: float | None, candidates: int | None = None) -> Side:
+            def side(pair: int) -> Sample:
+                prompts = bench.prompts(100 * pair, each)
+                policy = None
+                if probability is not None:
+                    policy = bench.policy(
+                        prompts, probability, tokens=tokens, seed=pair, candidates=candidates
+                    )
+                return bench.run(prompts, policy=policy, tokens=tokens, max_rows=1, together=False)
+
+            return side
+
+        def generate(pair: int) -> Sample:
+            samples = [
+                bench.generate([prompt], tokens=tokens)
+                for prompt in bench.prompts(100 * pair, each)
+            ]
+            return Sample(
+                seconds=sum(sample.seconds for sample in samples),
+                num_tokens=sum(sample.num_tokens for sample in samples),
+            )
+
+        sides: dict[str, Side] = {"unguarded": own(None)}
+        if "C1" in wanted:
+            sides["generate"] = generate
+        if "C2" in wanted:
+            sides["p=1"] = own(1.0)
+        if "C2b" in wanted or "C3" in wanted:
+            sides["p=0.5"] = own(0.5)
+        if "C3" in wanted:
+            sides |= {"p=0.5, M=1": own(0.5, 1), "p=0.25": own(0.25), "p=0.25, M=1": own(0.25, 1)}
+        for side in sides.values():
+            side(-1)
+        samples = self._measure("one row", sides, scale.pairs)
+        rows = self.results.rows
+        plain = 1 / bench.plain_round_seconds(1)
+        counts = tuple(range(1, bench.language_model.max_candidates + 1))
+        if "C1" in wanted:
+            rows.append(
+                _row(
+                    "C1",
+                    "unguarded / generate, 1 row",
+                    _ratios(samples, "unguarded", "generate"),
+                    ">= 0.97",
+                    counts=self._rates(samples, "unguarded", "generate"),
+                )
+            )
+        if "C2" in wanted:
+            rows.append(
+                _row(
+                    "C2",
+                    "guarded / unguarded, p = 1, 1 row",
+                    _ratios(samples, "p=1", "unguarded"),
+                    ">= 0.90",
+                    ceiling=bench.ceiling(1, 1.0, (1,)) / plain,
+                    counts=self._rates(samples, "p=1", "unguarded"),
+                )
+            )
+        if "C2b" in wanted:
+            rows.append(
+                _row(
+                    "C2b",
+                    "guarded / unguarded, p = 0.5, 1 row",
+                    _ratios(samples, "p=0.5", "unguarded"),
+                    ">= 0.57",
+                    ceiling=bench.ceiling(1, 0.5, counts) / plain,
+                    counts=self._rates(samples, "p=0.5", "unguarded") + _drafted(samples["p=0.5"]),
+                )
+            )
+        if "C3" in wanted:
+            for probability, gate in ((0.5, ">= 1.15"), (0.25, ">= 1.75")):
+                chosen, single = f"p={probability}", f"p={probability}, M=1"
+                best = bench.ceiling(1, probability, counts)
+                rows.append(
+                    _row(
+                        "C3",
+                        f"chosen M / M = 1, p = {probability}, 1 row",
+                        _ratios(samples, chosen, single),
+                        gate,
+                        ceiling=best / bench.ceiling(1, probability, (1,)),
+                        counts=self._rates(samples, chosen, single) + _drafted(samples[chosen]),
+                    )
+                )
+
+    def _eight_rows(self) -> None:
+        """C1 and C2 with eight rows, and a peer."""
+        bench, scale = self.bench, self.scale
+        if not self.wants("C1", "C2", "P1"):
+            return
+        tokens = scale.tokens
+
+        def own(probability: float | None) -> Side:
+            def side(pair: int) -> Sample:
+                prompts = bench.prompts(100 * pair, 8)
+                policy = None
+                if probability is not None:
+                    policy = bench.policy(prompts, probability, tokens=tokens, seed=pair)
+                return bench.run(prompts, policy=policy, tokens=tokens, max_rows=8)
+
+            return side
+
+        sides: dict[str, Side] = {"unguarded": own(None)}
+        if self.wants("C1"):
+            sides["generate"] = lambda pair: bench.generate(
+                bench.prompts(100 * pair, 8), tokens=tokens
+            )
+        if self.wants("C2"):
+            sides["p=1"] = own(1.0)
+        for side in sides.values():
+            side(-1)
+        samples = self._measure("eight rows", sides, scale.pairs)
+        rows = self.results.rows
+        if self.wants("C1"):
+            rows.append(
+                _row(
+                    "C1",
+                    "unguarded / generate, 8 rows",
+                    _ratios(samples, "unguarded", "generate"),
+                    ">= 0.97",
+                    counts=self._rates(samples, "unguarded", "generate"),
+                )
+            )
+        if self.wants("C2"):
+            rows.append(
+                _row(
+                    "C2",
+                    "guarded / unguarded, p = 1, 8 rows",
+                    _ratios(samples, "p=1", "unguarded"),
+                    ">= 0.90",
+                    ceiling=bench.ceiling(8, 1.0, (1,)) * bench.plain_round_seconds(8),
+                    counts=self._rates(samples, "p=1", "unguarded"),
+                )
+            )
+        if self.wants("P1"):
+            self._peer(own(None))
+
+    def _peer(self, unguarded: Side) -> None:
+        """Measure the continuous batching of transformers."""
+        bench, tokens = self.bench, self.scale.tokens
+        sides: dict[str, Side] = {
+            "unguarded": unguarded,
+            "continuous": lambda pair: bench.batch_continuously(
+                bench.prompts(100 * pair, 8), tokens=tokens
+            ),
+        }
+        name = "unguarded / transformers continuous batching, 8 rows"
+        try:
+            with _quiet():
+                sides["continuous"](-1)
+                samples = self._measure("continuous", sides, self.scale.long_pairs)
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
+            note = f"it could not be run here: {type(error).__name__}"
+            self.results.rows.append(Result(id="P1", name=name, value=None, note=note))
+            return
+        self.results.rows.append(
+            _row(
+                "P1",
+                name,
+                _ratios(samples, "unguarded", "continuous"),
+                counts=self._rates(samples, "unguarded", "continuous"),
+            )
+        )
+
+    def _queue(self) -> None:
+        """C2b and C10: eight rows, and a queue that refills them."""
+        bench, tokens = self.bench, self.scale.tokens
+        if not self.wants("C2b", "C10"):
+            return
+        count = 32 if self.scale.long_pairs > 1 else 16
+
+        def own(probability: float | None) -> Side:
+            def side(pair: int) -> Sample:
+                prompts = bench.prompts(1000 * pair, count)
+                policy = None
+                if probability is not None:
+                    policy = bench.policy(prompts, probability, tokens=tokens, seed=pair)
+                return bench.run(
+                    prompts, policy=policy, tokens=tokens, max_rows=8, priority="batch"
+                )
+
+            return side
+
+        sides = {"unguarded": own(None), "p=0.5": own(0.5)}
+        samples = self._measure("queue", sides, self.scale.long_pairs)
+        rows = self.results.rows
+        if self.wants("C2b"):
+            counts = tuple(range(1, bench.language_model.max_candidates + 1))
+            rows.append(
+                _row(
+                    "C2b",
+                    f"guarded / unguarded, p = 0.5, 8 rows, {count} replies",
+                    _ratios(samples, "p=0.5", "unguarded"),
+                    ">= 0.45",
+                    ceiling=bench.ceiling(8, 0.5, counts[:4]) * bench.plain_round_seconds(8),
+                    counts=self._rates(samples, "p=0.5", "unguarded") + _drafted(samples["p=0.5"]),
+                )
+            )
+        if self.wants("C10"):
+            filled = [sample.filled for sample in samples["p=0.5"] if sample.filled is not None]
+            rounds = sum(sample.num_rounds for sample in samples["p=0.5"])
+            rows.append(
+                _row(
+                    "C10",
+                    "rows in flight / rows allowed while replies wait, p = 0.5",
+                    filled,
+                    ">= 0.97",
+                    counts=f"8 rows, {count} replies, {rounds} rounds",
+                )
+            )
+
+    def _cards(self) -> None:
+        """C4: the loop of CARDS' published code."""
+        bench, tokens = self.bench, self.scale.tokens
+        if not self.wants("C4"):
+            return
+
+        def own(count: int) -> Side:
+            def side(pair: int) -> Sample:
+                prompts = bench.prompts(100 * pair, count)
+                policy = bench.policy(prompts, 0.5, tokens=tokens, seed=pair)
+                return bench.run(prompts, policy=policy, tokens=tokens, max_rows=8)
+
+            return side
+
+        sides: dict[str, Side] = {
+            "1 row": own(1),
+            "8 rows": own(8),
+            "CARDS": lambda pair: bench.cards(bench.prompts(100 * pair, 1), 0.5, tokens=tokens),
+        }
+        sides["1 row"](-1)
+        samples = self._measure("cards", sides, self.scale.long_pairs)
+        for side, gate in (("1 row", ">= 7.5"), ("8 rows", ">= 20")):
+            self.results.rows.append(
+                _row(
+                    "C4",
+                    f"guarded, {side} / CARDS-style loop, p = 0.5, {tokens} tokens",
+                    _ratios(samples, side, "CARDS"),
+                    gate,
+                    counts=self._rates(samples, side, "CARDS"),
+                )
+            )
+
+    def _barrier(self) -> None:
+        """C4b: rows that advance apart, and rows that wait for each other."""
+        bench, scale = self.bench, self.scale
+        if not self.wants("C4b"):
+            return
+        tokens = scale.barrier_segments * SEGMENT_SIZE
+        num_rows = scale.barrier_rows
+
+        def own(barrier: bool) -> Side:
+            def side(pair: int) -> Sample:
+                prompts = bench.prompts(1000 * pair, num_rows)
+                policy = bench.policy(prompts, 0.5, tokens=tokens, seed=pair, candidates=1)
+                return bench.run(
+                    prompts, policy=policy, tokens=tokens, max_rows=num_rows, barrier=barrier
+                )
+
+            return side
+
+        sides = {"apart": own(False), "barrier": own(True)}
+        samples = self._measure("barrier", sides, 1)
+        pairs = list(zip(samples["apart"], samples["barrier"], strict=True))
+        apart, waiting = (sum(s.num_rounds for s in samples[side]) for side in sides)
+        for what, values, gate, counts in (
+            (
+                "rounds",
+                [late.num_rounds / early.num_rounds for early, late in pairs],
+                ">= 2.0",
+                f"{waiting} and {apart} rounds, {num_rows * scale.barrier_segments} segments",
+            ),
+            (
+                "seconds",
+                [late.seconds / early.seconds for early, late in pairs],
+                ">= 1.6",
+                self._rates(samples, "apart", "barrier"),
+            ),
+        ):
+            name = f"barrier / rows apart, in {what}, {num_rows} rows, p = 0.5, M = 1"
+            self.results.rows.append(_row("C4b", name, values, gate, counts=counts))
+
+    def _counts(self) -> None:
+        """C5, C6 and C7: tokens forwarded, counted by the models themselves."""
+        bench = self.bench
+        if not self.wants("C5", "C6", "C7"):
+            return
+        rows, tokens = self.results.rows, 64
+        ways = ((1.0, 1, True), (0.5, 1, True), (0.5, 4, True), (0.5, 4, False), (0.25, None, True))
+        step = self._progress("counts", len(ways))
+        drafted: list[float] = []
+        read: list[float] = []
+        prompted: list[float] = []
+        judged: list[float] = []
+        notes = []
+        for probability, candidates, lazy in ways:
+            model = bench.new_language_model()
+            classifier = bench.classifier()
+            before = classifier.counters
+            prompts = bench.prompts(0, 2)
+            policy = bench.policy(prompts, probability, tokens=tokens, candidates=candidates)
+            sample = bench.run(
+                prompts,
+                policy=policy,
+                tokens=tokens,
+                max_rows=2,
+                lazy=lazy,
+                language_model=model,
+            )
+            counts, after = model.counts, classifier.counters
+            segments = sample.num_tokens // SEGMENT_SIZE
+            # Each reply's first segment follows from its prompt, each later one from the last
+            # token kept; each candidate's own last token is drawn and not forwarded.
+            forwards = segments - len(prompts)
+            forwards += sample.num_drafted // SEGMENT_SIZE * (SEGMENT_SIZE - 1)
+            # Judged one by one, what follows the accepted candidate of a round is not read.
+            reads = sample.num_attempts * SEGMENT_SIZE if lazy else sample.num_drafted
+            drafted.append((counts.accepted + counts.drafted + counts.refed) / forwards)
+            tokens_read = after.candidate_tokens - before.candidate_tokens
+            tokens_read += after.refed_tokens - before.refed_tokens
+            read.append(tokens_read / reads)
+            prompt_ids = [bench.tokenizer.encode(prompt.text) for prompt in prompts]
+            prompted.append(counts.prompt / sum(len(prompt.ids) for prompt in prompts))
+            judged.append((after.prompt_tokens - before.prompt_tokens) / sum(map(len, prompt_ids)))
+            notes.append(
+                f"{forwards / sample.num_tokens:.2f} and {reads / sample.num_tokens:.2f} at "
+                f"p = {probability}, M <= {candidates or 'any'}{'' if lazy else ', at once'}"
+            )
+            step()
+        counts_text = "tokens a kept token, of language model and reward: " + "; ".join(notes)
+        if self.wants("C5"):
+            name = "language model's forwards / sum over rounds"
+            rows.append(_exact("C5", name, drafted, counts_text))
+        if self.wants("C6"):
+            rows.append(_exact("C6", "reward's forwards / sum over rounds", read, counts_text))
+        if self.wants("C7"):
+            name = "prompt tokens forwarded / prompt tokens, "
+            rows.append(_exact("C7", name + "language model", prompted, "2 replies each"))
+            rows.append(_exact("C7", name + "reward", judged, "2 replies each"))
+
+    def _concurrent(self) -> None:
+        """C8: calls that arrive together."""
+        bench, tokens = self.bench, min(64, self.scale.tokens)
+        if not self.wants("C8"):
+            return
+
+        def own(way: str) -> Side:
+            def side(pair: int) -> Sample:
+                prompts = bench.prompts(100 * pair, 8)
+                policy = bench.policy(prompts, 1.0, tokens=tokens, seed=pair)
+                if way == "concurrent":
+                    return bench.run_concurrently(prompts, policy=policy, tokens=tokens, max_rows=8)
+                return bench.run(
+                    prompts,
+                    policy=policy,
+                    tokens=tokens,
+                    max_rows=8,
+                    priority="batch" if way == "batch" else "interactive",
+                    together=way == "batch",
+                )
+
+            return side
+
+        sides = {way: own(way) for way in ("concurrent", "batch", "sequence")}
+        sides["batch"](-1)
+        samples = self._measure("concurrent calls", sides, self.scale.long_pairs)
+        for other, gate in (("batch", "<= 1.15"), ("sequence", "<= 0.45")):
+            what = {"batch": "one batch of 8", "sequence": "8 calls in sequence"}[other]
+            self.results.rows.append(
+                _row(
+                    "C8",
+                    f"seconds of 8 concurrent calls / {what}, p = 1",
+                    _ratios(samples, other, "concurrent"),
+                    gate,
+                    counts=self._rates(samples, "concurrent", other),
+                )
+            )
+
+    def _first(self) -> None:
+        """C9: how long one waits for the first words."""
+        bench = self.bench
+        if not self.wants("C9"):
+            return
+
+        def own(guarded: bool) -> Side:
+            def side(pair: int) -> Sample:
+                prompts = bench.prompts(pair, 1)
+                tokens = 2 * SEGMENT_SIZE
+                policy = bench.policy(prompts, 1.0, tokens=tokens) if guarded else None
+                return bench.run(prompts, policy=policy, tokens=tokens, max_rows=1)
+
+            return side
+
+        sides = {"guarded": own(True), "unguarded": own(False)}
+        for side in sides.values():
+            side(-1)
+        samples = self._measure("first segment", sides, 2 * self.scale.pairs)
+        pairs = zip(samples["guarded"], samples["unguarded"], strict=True)
+        steps = SEGMENT_SIZE - 1
+        plain = bench.step_seconds(1) * steps + bench.prompt_seconds()
+        guarded = plain + bench.prompt_seconds(reward=True)
+        first = [statistics.median(s.first_seconds for s in samples[side]) for side in sides]
+        self.results.rows.append(
+            _row(
+                "C9",
+                f"first guarded segment / first {SEGMENT_SIZE} unguarded tokens, p = 1",
+                [one.first_seconds / other.first_seconds for one, other in pairs],
+                "<= 1.2",
+                ceiling=guarded / plain,
+                counts=f"{1e3 * first[0]:.0f} and {1e3 * first[1]:.0f} ms, "
+                f"{len(samples['guarded'])} pairs",
+            )
+        )
+
+    def _memory(self) -> None:
+        """C11: what is held for keys and values, and whether it grows."""
+        bench, scale = self.bench, self.scale
+        if not self.wants("C11"):
+            return
+        candidates, num_rows = 4, 8
+        tokens = 2 * SEGMENT_SIZE
+        model = bench.new_language_model()
+        engine = bench.engine(num_rows)
+        first = engine.statistics.num_rounds
+        small = scale.memory_rounds if scale.language_model.layers <= 2 else 24
+        step = self._progress("memory", small)
+        held: list[int] = []
+        pair = done = 0
+        while done < small:
+            prompts = bench.prompts(1000 * pair, num_rows)
+            policy = bench.policy(prompts, 0.5, tokens=tokens, seed=pair, candidates=candidates)
+            bench.run(
+                prompts, policy=policy, tokens=tokens, max_rows=num_rows, language_model=model
+            )
+            held.append(model.num_bytes)
+            pair += 1
+            now = engine.statistics.num_rounds - first
+            for _ in range(min(now, small) - done):
+                step()
+            done = now
+        longest = scale.prompt + tokens
+        bucket = -(-longest // _BUCKET) * _BUCKET
+        itemsize = getattr(torch, scale.dtype).itemsize
+        room = num_rows * (bucket + SEGMENT_SIZE * candidates)
+        allowed = room * scale.language_model.num_token_values * itemsize
+        rows = self.results.rows
+        counts = f"{num_rows} rows, M = {candidates}, {done} rounds, {max(held) / 2**20:.1f} MiB"
+        name = "bytes held for keys and values / what rows and buckets need"
+        rows.append(_row("C11", name, [max(held) / allowed], "<= 1.1", counts=counts))
+        name = f"growth of it over {done} rounds, bytes"
+        rows.append(_row("C11", name, [float(held[-1] - held[0])], "= 0", counts=counts))
+
+    def _same(self) -> None:
+        """C12: a row alone and among others."""
+        bench = self.bench
+        if not self.wants("C12"):
+            return
+        tokens = 2 * SEGMENT_SIZE
+        prompts = bench.prompts(0, 8)
+        step = self._progress("same tokens", 2)
+        policy = bench.policy(prompts, 0.5, tokens=tokens)
+        among = bench.run(prompts, policy=policy, tokens=tokens, max_rows=8).texts
+        step()
+        policy = bench.policy(prompts, 0.5, tokens=tokens)
+        alone = bench.run(prompts, policy=policy, tokens=tokens, max_rows=8, together=False).texts
+        step()
+        equal = sum(one == other for one, other in zip(among, alone, strict=True))
+        name = "replies that are the same alone and among 8 / all"
+        counts = f"8 replies of {tokens} tokens, p = 0.5, {self.scale.dtype}"
+        self.results.rows.append(_row("C12", name, [equal / 8], "= 1", counts=counts))
+
+    # Growth
+
+    def _growth(self) -> None:
+        if not self.wants("growth"):
+            return
+        self._grow_prompts()
+        self._grow_rows()
+        self._grow_attempts()
+        self._grow_reward()
+
+    def _curve(
+        self, key: str, sides: Mapping[str, Callable[[float], Sample]], places: Sequence[float]
+    ) -> dict[str, list[tuple[float, float]]]:
+        """Return milliseconds a token and row behind the first segment, side by side."""
+        step = self._progress(key, len(sides) * len(places))
+        lines: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+        for x in places:
+            for side, run in sides.items():
+                sample = run(x)
+                lines[side].append((x, 1e3 * sample.steady_seconds))
+                step()
+        return lines
+
+    def _grow_prompts(self) -> None:
+        bench = self.bench
+        tokens = 3 * SEGMENT_SIZE
+
+        def own(guarded: bool) -> Callable[[float], Sample]:
+            def side(x: float) -> Sample:
+                prompts = bench.prompts(0, 1, int(x))
+                policy = bench.policy(prompts, 1.0, tokens=tokens) if guarded else None
+                sample = bench.run(prompts, policy=policy, tokens=tokens, max_rows=1)
+                return _per_token(sample, tokens)
+
+            return side
+
+        lines = self._curve(
+            "prompts", {"unguarded": own(False), "guarded, p = 1": own(True)}, self.scale.prompts
+        )
+        self.results.curves.append(
+            Curve(
+                id="prompt",
+                title="Prompt length, 1 row",
+                x="tokens of the prompt",
+                why="A token reads the weights and the keys and values of everything before it: "
+                "the cost is a constant and a part that grows with the length, never its square.",
+                lines=lines,
+            )
+        )
+
+    def _grow_rows(self) -> None:
+        bench = self.bench
+        tokens = 3 * SEGMENT_SIZE
+
+        def own(probability: float | None) -> Callable[[float], Sample]:
+            def side(x: float) -> Sample:
+                prompts = bench.prompts(0, int(x))
+                policy = None
+                if probability is not None:
+                    policy = bench.policy(prompts, probability, tokens=tokens)
+                sample = bench.run(prompts, policy=policy, tokens=tokens, max_rows=int(x))
+                return _per_token(sample, tokens * int(x))
+
+            return side
+
+        lines = self._curve(
+            "rows", {"unguarded": own(None), "guarded, p = 1": own(1.0)}, self.scale.rows
+        )
+        self.results.curves.append(
+            Curve(
+                id="rows",
+                title="Rows at once",
+                x="rows",
+                why="The weights are read once for all rows, so a token gets cheaper until the "
+                "arithmetic, and no more the reading, takes the time.",
+                lines=lines,
+            )
+        )
+
+    def _grow_attempts(self) -> None:
+        bench, tokens = self.bench, 4 * SEGMENT_SIZE
+
+        def own(candidates: int | None) -> Callable[[float], Sample]:
+            def side(x: float) -> Sample:
+                prompts = bench.prompts(0, 1)
+                policy = bench.policy(prompts, 1 / x, tokens=tokens, candidates=candidates)
+                sample = bench.run(prompts, policy=policy, tokens=tokens, max_rows=1)
+                return Sample(
+                    seconds=sample.seconds,
+                    num_tokens=sample.num_tokens,
+                    steady_seconds=sample.seconds / sample.num_tokens,
+                )
+
+            return side
+
+        lines = self._curve("attempts", {"chosen M": own(None), "M = 1": own(1)}, (1, 2, 4, 8))
+        self.results.curves.append(
+            Curve(
+                id="attempts",
+                title="Attempts a segment, 1 row",
+                x="attempts a segment (1 / p)",
+                why="One at a time, every attempt costs a segment; several at once share the "
+                "reading of the weights, so the cost grows like t(M) / (1 - (1 - p)^M).",
+                lines=lines,
+            )
+        )
+
+    def _grow_reward(self) -> None:
+        bench = self.bench
+        tokens = 3 * SEGMENT_SIZE
+
+        def own(guarded: bool) -> Callable[[float], Sample]:
+            def side(x: float) -> Sample:
+                prompts = bench.prompts(0, 1)
+                shape = self.scale.language_model.scaled(x)
+                policy = None
+                if guarded:
+                    policy = bench.policy(prompts, 1.0, tokens=tokens, shape=shape)
+                sample = bench.run(prompts, policy=policy, tokens=tokens, max_rows=1)
+                return _per_token(sample, tokens)
+
+            return side
+
+        lines = self._curve(
+            "rewards", {"unguarded": own(False), "guarded, p = 1": own(True)}, self.scale.shares
+        )
+        self.results.curves.append(
+            Curve(
+                id="reward",
+                title="Size of the reward, 1 row",
+                x="parameters of its layers / the language model's",
+                why="The reward reads each token once, a whole segment in one pass: its share of "
+                "the time is its share of the arithmetic, not of the passes.",
+                lines=lines,
+            )
+        )
+
+
+# One accelerator
+
+
+class AcceleratorBenchmark(Benchmark):
+    """Measures the rows that want an accelerator; elsewhere says so, and how to get them."""
+
+    def run(self) -> Results:
+        """Measure."""
+        results = self.results
+        results.about = about(self.scale)
+        for group in (
+            self._plain,
+            self._guarded,
+            self._width,
+            self._wait,
+            self._published,
+            self._room,
+            self._waves,
+            self._missing,
+        ):
+            begin = time.perf_counter()
+            before = len(results.rows)
+            group()
+            if len(results.rows) > before:
+                name = results.rows[before].id
+                results.seconds[name] = time.perf_counter() - begin
+        results.rows.sort(key=lambda row: _IDS.index(row.id))
+        return results
+
+    def _own(
+        self,
+        rows: int,
+        probability: float | None = None,
+        candidates: int | None = None,
+        shape: Shape | None = None,
+    ) -> Side:
+        bench, tokens = self.bench, self.scale.tokens
+
+        def side(pair: int) -> Sample:
+            prompts = bench.prompts(100 * pair, rows)
+            policy = None
+            if probability is not None:
+                policy = bench.policy(
+                    prompts,
+                    probability,
+                    tokens=tokens,
+                    seed=pair,
+                    candidates=candidates,
+                    shape=shape,
+                )
+            return bench.run(prompts, policy=policy, tokens=tokens, max_rows=rows)
+
+        return side
+
+    def _pair(self, identifier: str, name: str, sides: Mapping[str, Side], gate: str) -> None:
+        """Add the row of a ratio of two sides."""
+        one, other = sides
+        for side in sides.values():
+            side(-1)
+        samples = self._measure(f"{identifier} {name}", sides, self.scale.long_pairs)
+        values = _ratios(samples, one, other)
+        counts = self._rates(samples, one, other)
+        self.results.rows.append(_row(identifier, name, values, gate, counts=counts))
+
+    def _plain(self) -> None:
+        """G1 and G2: the plain decoder beside the machine's limit, and beside its peers."""
+        scale = self.scale
+        for rows, gate in ((1, ">= 0.70"), (_BARRIER_ROWS, ">= 0.50")):
+            if self.wants("G1"):
+                bandwidth = _bandwidth(scale.device)
+                name = f"unguarded / bandwidth floor, {rows} rows"
+                if bandwidth is None:
+                    note = "the bandwidth of the device is not known"
+                    self.results.rows.append(Result(id="G1", name=name, value=None, note=note))
+                else:
+                    side = self._own(rows)
+                    side(-1)
+                    rates = [side(pair).rate for pair in range(scale.long_pairs)]
+                    floor = rows / (self._bytes_a_step(rows) / bandwidth)
+                    counts = f"{statistics.median(rates):.0f} of {floor:.0f} tokens/s"
+                    values = [rate / floor for rate in rates]
+                    self.results.rows.append(_row("G1", name, values, gate, counts=counts))
+            if self.wants("G2"):
+                own = self._own(rows)
+                name = f"unguarded / generate, {rows} rows"
+                self._pair("G2", name, {"unguarded": own, "generate": self._peer_of(rows)}, ">= 3")
+                name = f"unguarded / continuous batching, {rows} rows"
+                self._pair(
+                    "G2",
+                    name,
+                    {"unguarded": own, "continuous": self._peer_of(rows, paged=True)},
+                    ">= 0.9",
+                )
+
+    def _peer_of(self, rows: int, *, paged: bool = False) -> Side:
+        bench, tokens = self.bench, self.scale.tokens
+
+        def side(pair: int) -> Sample:
+            prompts = bench.prompts(100 * pair, rows)
+            with _quiet():
+                if paged:
+                    return bench.batch_continuously(prompts, tokens=tokens)
+                return bench.generate(prompts, tokens=tokens)
+
+        return side
+
+    def _bytes_a_step(self, rows: int) -> float:
+        """Return the bytes that one step must read: the weights, and what each row has kept."""
+        shape = self.scale.language_model
+        length = self.scale.prompt + self.scale.tokens / 2
+        values = shape.num_streamed_parameters + rows * length * shape.num_token_values
+        return float(values * getattr(torch, self.scale.dtype).itemsize)
+
+    def _guarded(self) -> None:
+        """G3 and G4: what guarding costs."""
+        if self.wants("G3"):
+            shapes = {
+                "1/8": (self.scale.reward, {1: ">= 0.93", _BARRIER_ROWS: ">= 0.85"}),
+                "1": (self.scale.language_model, {1: ">= 0.85", _BARRIER_ROWS: ">= 0.60"}),
+            }
+            for share, (shape, gates) in shapes.items():
+                for rows, gate in gates.items():
+                    name = f"guarded / unguarded, p = 1, M = 1, reward {share}, {rows} rows"
+                    sides = {
+                        "guarded": self._own(rows, 1.0, 1, shape),
+                        "unguarded": self._own(rows),
+                    }
+                    self._pair("G3", name, sides, gate)
+        if self.wants("G4"):
+            targets = {(0.5, 1): ">= 0.90", (0.5, 8): ">= 0.85", (0.5, 64): ">= 0.65"}
+            for probability in (0.25, 0.5, 0.75):
+                for rows in (1, 8, 32, _BARRIER_ROWS):
+                    name = f"guarded / unguarded, p = {probability}, {rows} rows"
+                    sides = {"guarded": self._own(rows, probability), "unguarded": self._own(rows)}
+                    self._pair("G4", name, sides, targets.get((probability, rows), ""))
+
+    def _width(self) -> None:
+        """G5: how many tokens one step draws for little more than one."""
+        if not self.wants("G5"):
+            return
+        bench = self.bench
+        one = bench.step_seconds(1)
+        widths = [1 << at for at in range(10)]
+        seconds = {width: bench.step_seconds(width) for width in widths}
+        free = [width for width in widths if seconds[width] <= 1.25 * one]
+        counts = ", ".join(f"t({width}) = {1e3 * s:.1f} ms" for width, s in seconds.items())
+        name = "largest n with t(n) <= 1.25 t(1)"
+        self.results.rows.append(_row("G5", name, [float(max(free))], ">= 64", counts=counts))
+
+    def _wait(self) -> None:
+        """G6: how long one waits for the first words."""
+        if not self.wants("G6"):
+            return
+        guarded, unguarded = self._own(1, 1.0), self._own(1)
+        for side in (guarded, unguarded):
+            side(-1)
+        pairs = [(guarded(at), unguarded(at)) for at in range(2 * self.scale.long_pairs)]
+        firsts = [1e3 * one.first_seconds for one, _ in pairs]
+        ratios = [one.first_seconds / other.first_seconds for one, other in pairs]
+        name = "first guarded segment, milliseconds, p = 1, 1 row"
+        self.results.rows.append(_row("G6", name, firsts, "<= 120"))
+        name = "first guarded segment / first unguarded tokens, p = 1, 1 row"
+        self.results.rows.append(_row("G6", name, ratios, "<= 1.2"))
+
+    def _published(self) -> None:
+        """G7: the loop of CARDS' published code."""
+        if not self.wants("G7"):
+            return
+        bench, tokens = self.bench, self.scale.tokens
+        sides: dict[str, Side] = {
+            "guarded": self._own(1, 0.5),
+            "CARDS": lambda pair: bench.cards(bench.prompts(100 * pair, 1), 0.5, tokens=tokens),
+        }
+        self._pair("G7", "guarded / CARDS-style loop, p = 0.5, 1 row", sides, ">= 8")
+
+    def _room(self) -> None:
+        """G10: rows of 2,048 tokens."""
+        if not self.wants("G10"):
+            return
+        bench, wanted = self.bench, 150
+        tokens = SEGMENT_SIZE
+        prompts = bench.prompts(0, wanted, 16 * self.scale.prompt // 4 - tokens)
+        policy = bench.policy(prompts, 1.0, tokens=tokens, candidates=1)
+        sample = bench.run(prompts, policy=policy, tokens=tokens, max_rows=wanted)
+        done = sample.num_tokens // tokens
+        length = len(prompts[0].ids) + tokens
+        name = f"rows of {length} tokens that were answered, of {wanted}"
+        counts = f"{bench.language_model.counts.out_of_memory} times out of memory"
+        self.results.rows.append(_row("G10", name, [float(done)], ">= 150", counts=counts))
+
+    def _waves(self) -> None:
+        """G11: candidates judged one by one, and all at once."""
+        if not self.wants("G11"):
+            return
+        bench, tokens = self.bench, self.scale.tokens
+
+        def own(lazy: bool) -> Side:
+            def side(pair: int) -> Sample:
+                prompts = bench.prompts(100 * pair, _BARRIER_ROWS)
+                shape = self.scale.language_model
+                policy = bench.policy(prompts, 0.5, tokens=tokens, seed=pair, shape=shape)
+                return bench.run(
+                    prompts, policy=policy, tokens=tokens, max_rows=_BARRIER_ROWS, lazy=lazy
+                )
+
+            return side
+
+        name = f"judged one by one / at once, p = 0.5, reward 1, {_BARRIER_ROWS} rows"
+        self._pair("G11", name, {"one by one": own(True), "at once": own(False)}, ">= 1")
+
+    def _missing(self) -> None:
+        """Name what is defined and not measured."""
+        for identifier, note in (
+            ("G8", "measured where batch-expanded drafting exists; candidates share a row here"),
+            ("G9", "not measured: the drafting step runs eagerly"),
+        ):
+            if self.wants(identifier):
+                self.results.rows.append(
+                    Result(id=identifier, name=_ACCELERATOR[identifier], value=None, note=note)
+                )
+
+
+_ACCELERATOR = {
+    "G1": "unguarded / bandwidth floor, 1 and 64 rows",
+    "G2": "unguarded / transformers generate and continuous batching",
+    "G3": "guarded / unguarded, p = 1, M = 1, reward of an eighth and equal",
+    "G4": "guarded / unguarded, p = 0.25 to 0.75, 1 to 64 rows",
+    "G5": "largest n with t(n) <= 1.25 t(1)",
+    "G6": "first guarded segment, 1 row",
+    "G7": "guarded / CARDS-style loop, p = 0.5, 1 row",
+    "G8": "tree drafting / batch-expanded drafting, seconds a step",
+    "G9": "CUDA-graph step / eager step",
+    "G10": "rows of 2048 tokens that fit",
+    "G11": "judged one by one / at once, p = 0.5, reward 1, 64 rows",
+}
+_CPU_IDS = ("C1", "C2", "C2b", "C3", "C4", "C4b", *(f"C{at}" for at in range(5, 13)), "P1")
+_IDS = (*_CPU_IDS, *_ACCELERATOR)
+
+
+def _exact(identifier: str, name: str, values: Sequence[float], counts: str) -> Result:
+    """Return a row of values each of which must be 1: the one that is furthest from it."""
+    worst = max(values, key=lambda value: abs(value - 1))
+    return _row(identifier, name, [worst], "= 1", counts=counts)
+
+
+def _per_token(sample: Sample, tokens: int) -> Sample:
+    """Return a sample whose steady seconds are those of one token of all rows."""
+    rows = sample.num_tokens // (3 * SEGMENT_SIZE)
+    return Sample(
+        seconds=sample.seconds,
+        num_tokens=sample.num_tokens,
+        steady_seconds=sample.steady_seconds / (tokens - rows * SEGMENT_SIZE),
+    )
+
+
+def _drafted(samples: Sequence[Sample]) -> str:
+    """Return how many candidates were drafted and judged for each segment kept."""
+    segments = sum(sample.num_tokens for sample in samples) / SEGMENT_SIZE
+    drafted = sum(sample.num_drafted for sample in samples) / SEGMENT_SIZE
+    judged = sum(sample.num_attempts for sample in samples)
+    return (
+        f", {segments:.0f} segments of {judged / segments:.2f} attempts, "
+        f"{drafted / segments:.2f} drafted"
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the logs of a peer out of the table."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "ContinuousBatchingLogger")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _bandwidth(device: str) -> float | None:
+    """Return the bytes a second that a device can read, as its driver says; None if unknown."""
+    if not device.startswith("cuda"):
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    clock = getattr(properties, "memory_clock_rate", None)
+    width = getattr(properties, "memory_bus_width", None)
+    return 2e3 * clock * width / 8 if clock and width else None
+
+
+def about(scale: Scale) -> dict[str, str]:
+    """Return hardware, versions and models, by name."""
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("langchain-stars", "torch", "transformers")
+    }
+    machine = f"{_processor()}, {os.cpu_count()} cores, {_memory()}, {platform.system()}"
+    if scale.device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(scale.device)
+        machine = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; {machine}"
+    else:
+        machine += f", 1 torch thread, {torch.backends.cpu.get_cpu_capability()}"
+    model, reward = scale.language_model, scale.reward
+    share = reward.num_layer_parameters / model.num_streamed_parameters
+    load = (
+        f", load average {os.getloadavg()[0]:.1f} at the beginning"
+        if hasattr(os, "getloadavg")
+        else ""
+    )
+    return {
+        "machine": machine + load,
+        "versions": f"Python {platform.python_version()}, "
+        + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "language model": f"Llama, random weights, {_shape(model)}, {scale.dtype}",
+        "reward": f"the same with one label, {_shape(reward)}, a token costs {share:.3f} of one "
+        "of the language model",
+        "load": f"prompt {scale.prompt}, {scale.tokens} new tokens, segments of {SEGMENT_SIZE}, "
+        "temperature 1, acceptance forced with coins stratified to a mean of exactly 1 / p "
+        "attempts, the same on both sides",
+        "reading": "median of paired ratios, both sides in turn; least .. greatest of them",
+    }
+
+
+def _shape(shape: Shape) -> str:
+    return (
+        f"{shape.num_parameters / 1e6:.0f}M parameters ({shape.layers} layers of {shape.width}, "
+        f"{shape.heads} heads on {shape.kept_heads}, {shape.vocab} tokens)"
+    )
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory() -> str:
+    try:
+        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return "memory unknown"
+    return f"{pages * size / 2**30:.0f} GiB"
+
+
+def measure(
+    *,
+    only: Sequence[str] | None = None,
+    quick: bool = False,
+    scale: Scale | None = None,
+    progress: Callable[[str, int], Callable[[], None]] | None = None,
+) -> Results:
+    """Measure the rows that are asked for.
+
+    Args:
+        only: Rows; all if None. `"growth"` are the curves.
+        quick: Whether less is measured, in some two minutes: to see that it runs.
+        scale: Models and sizes; those for this machine if not given.
+        progress: As of `Benchmark`.
+
+    Raises:
+        ValueError: `only` names no row.
+    """
+    for name in only or ():
+        if name not in (*_IDS, "growth"):
+            raise ValueError(f"`only` must name rows of {', '.join(_IDS)} or growth, got {name}")
+    small = _LESS if quick else {}
+    results = Results()
+    if only is None or not set(only) <= set(_ACCELERATOR):
+        results = _in_folder(Benchmark, scale or Scale(**{**_fields(CPU), **small}), only, progress)
+    if only is None or set(only) & set(_ACCELERATOR):
+        if torch.cuda.is_available():
+            larger = Scale(**{**_fields(GPU), **small, "prompt": GPU.prompt})
+            more = _in_folder(AcceleratorBenchmark, larger, only, progress)
+            results.rows += more.rows
+            results.about |= {f"cuda {name}": value for name, value in more.about.items()}
+            results.seconds |= more.seconds
+        else:
+            results.rows += [
+                Result(
+                    id=identifier,
+                    name=name,
+                    value=None,
+                    note=f"no CUDA device; where there is one: {COMMAND} --only {identifier}",
+                )
+                for identifier, name in _ACCELERATOR.items()
+                if only is None or identifier in only
+            ]
+    return results
+
+
+def _fields(scale: Scale) -> dict[str, Any]:
+    return {name: getattr(scale, name) for name in scale.__slots__}
+
+
+def _in_folder(
+    kind: type[Benchmark],
+    scale: Scale,
+    only: Sequence[str] | None,
+    progress: Callable[[str, int], Callable[[], None]] | None,
+) -> Results:
+    with tempfile.TemporaryDirectory(prefix="langchain_stars_benchmark_") as folder:
+        bench = Bench(scale, Path(folder))
+        try:
+            return kind(bench, only=only, progress=progress).run()
+        finally:
+            bench.close()
+
+
+def draw(results: Results, path: str | os.PathLike[str]) -> None:
+    """Draw the table's ratios beside their gates, and the curves.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    rows = [row for row in results.rows if row.value is not None and row.gate]
+    num_lines = -(-len(results.curves) // 2)
+    height = 0.32 * max(len(rows), 1) + 4.2 * num_lines + 1.6
+    figure = _figure()(figsize=(12, height), layout="constrained")
+    grid = figure.add_gridspec(
+        1 + num_lines, 2, height_ratios=[0.32 * max(len(rows), 1) + 1, *([4.2] * num_lines)]
+    )
+    axes = figure.add_subplot(grid[0, :])
+    for at, row in enumerate(reversed(rows)):
+        assert row.value is not None
+        bound = float(row.gate.split()[1]) or 1.0
+        low, high = row.spread or (row.value, row.value)
+        axes.plot([low / bound, high / bound], [at, at], color="tab:blue", linewidth=2)
+        axes.plot([row.value / bound], [at], "o", color="tab:blue" if row.holds else "tab:red")
+        if row.ceiling is not None:
+            axes.plot([row.ceiling / bound], [at], "|", color="black", markersize=12)
+    axes.set_yticks(
+        range(len(rows)), [f"{row.name}  ({row.gate})  {row.id}" for row in reversed(rows)]
+    )
+    axes.axvline(1.0, color="gray", linewidth=0.8)
+    axes.set_xlabel("value / gate (bar: spread; stroke: what the machine allows)")
+    axes.set_title(results.about.get("machine", ""), fontsize=9)
+    for at, curve in enumerate(results.curves):
+        axes = figure.add_subplot(grid[1 + at // 2, at % 2])
+        for name, points in curve.lines.items():
+            axes.plot(*zip(*points, strict=True), "o-", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        places = sorted({x for points in curve.lines.values() for x, _ in points})
+        axes.set_xticks(places, [_number(x) for x in places])
+        axes.set_xlabel(curve.x)
+        axes.set_ylabel(curve.y)
+        axes.set_title(f"{curve.title}\n{_wrapped(curve.why)}", fontsize=9)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _figure() -> Any:
+    """Return matplotlib's class of figures."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            'matplotlib is needed for the picture: pip install "langchain-stars[benchmark]"'
+        ) from error
+    return Figure
+
+
+def _wrapped(sentence: str) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(sentence, 80))
+
+
+# The command
+
+
+def main(
+    *,
+    only: str | None = None,
+    json: str | None = None,
+    picture: str | None = None,
+    quick: bool = False,
+) -> int:
+    """Measure, write the table to standard output, and return the exit status.
+
+    Args:
+        only: Rows, as `"C1,C3"`; all if None.
+        json: Where to save everything as JSON.
+        picture: Where to save a picture.
+        quick: Whether less is measured.
+
+    Raises:
+        ImportError: A picture is wanted and matplotlib is not installed.
+        ValueError: `only` names no row.
+    """
+    if picture:
+        _figure()  # told before half an hour is spent
+    results = measure(only=only.split(",") if only else None, quick=quick, progress=_bar)
+    sys.stdout.write(results.as_text() + "\n")
+    if json:
+        Path(json).write_text(dump_json(results.as_json(), indent=2) + "\n")
+    if picture:
+        draw(results, picture)
+    return 0
+
+
+def _bar(name: str, count: int) -> Callable[[], None]:
+    """Show a progress bar on standard error; a terminal only."""
+    from transformers.utils.logging import tqdm
+
+    bar = tqdm(total=count, desc=name, leave=False, disable=None)
+
+    def step() -> None:
+        bar.update()
+        if bar.n >= count:
+            bar.close()
+
+    return step
