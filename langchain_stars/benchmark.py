@@ -441,7 +441,8 @@ class Bench:
 
     def new_language_model(self) -> LocalLanguageModel:
         """Return the same weights with nothing computed yet."""
-        return LocalLanguageModel(self.peer, tokenizer=self.tokenizer)
+        # Without a store of prompts: both sides of a ratio begin with the same ones.
+        return LocalLanguageModel(self.peer, tokenizer=self.tokenizer, prompt_bytes=0)
 
     def classifier(self, shape: Shape | None = None) -> SequenceClassifier:
         """Return the reward model, or one of another shape."""
@@ -492,6 +493,7 @@ class Bench:
         tokens: int,
         seed: int = 0,
         candidates: int | None = None,
+        adaptive: bool = True,
         shape: Shape | None = None,
     ) -> Policy:
         """Return a guard that accepts attempts with a probability, stratified over all prompts."""
@@ -506,6 +508,7 @@ class Bench:
             acceptance=Acceptance(schedule=Constant(0.5), max_attempts=MAX_ATTEMPTS),
             segment_size=SEGMENT_SIZE,
             max_candidates=candidates,
+            adaptive=adaptive,
         )
 
     def run(
@@ -1338,7 +1341,13 @@ class Benchmark:
             classifier = bench.classifier()
             before = classifier.counters
             prompts = bench.prompts(0, 2)
-            policy = bench.policy(prompts, probability, tokens=tokens, candidates=candidates)
+            policy = bench.policy(
+                prompts,
+                probability,
+                tokens=tokens,
+                candidates=candidates,
+                adaptive=candidates is None,
+            )
             sample = bench.run(
                 prompts,
                 policy=policy,
@@ -1364,7 +1373,7 @@ class Benchmark:
             judged.append((after.prompt_tokens - before.prompt_tokens) / sum(map(len, prompt_ids)))
             notes.append(
                 f"{forwards / sample.num_tokens:.2f} and {reads / sample.num_tokens:.2f} at "
-                f"p = {probability}, M <= {candidates or 'any'}{'' if lazy else ', at once'}"
+                f"p = {probability}, M = {candidates or 'chosen'}{'' if lazy else ', at once'}"
             )
             step()
         counts_text = "tokens a kept token, of language model and reward: " + "; ".join(notes)
@@ -1468,7 +1477,9 @@ class Benchmark:
         pair = done = 0
         while done < small:
             prompts = bench.prompts(1000 * pair, num_rows)
-            policy = bench.policy(prompts, 0.5, tokens=tokens, seed=pair, candidates=candidates)
+            policy = bench.policy(
+                prompts, 0.5, tokens=tokens, seed=pair, candidates=candidates, adaptive=False
+            )
             bench.run(
                 prompts, policy=policy, tokens=tokens, max_rows=num_rows, language_model=model
             )
