@@ -26,6 +26,12 @@ from transformers import PreTrainedTokenizerFast
 
 Chat = list[dict[str, Any]]
 
+
+def words_of(text: str, separator: str = " ") -> tuple[str, ...]:
+    """Return the words of a list that is written as one text."""
+    return tuple(text.split(separator))
+
+
 ALLOWED_CLASSES = frozenset({"permissive", "share-alike"})
 HELD_APART_PERCENT = 10
 CONTEXT = 1024
@@ -77,7 +83,15 @@ SOURCE_WEIGHTS = {
     "gptfuzz_labelled": 0.25,
     "dices": 0.5,
 }
-NAMES = ("Alex", "Anna", "Ben", "Emma", "Jack", "Kate", "Lucy", "Maria", "Mark", "Sam", "Tom")
+NAMES = words_of(
+    "Alex Anna Ben Clara Dan Emma Eva Felix Grace Hugo Ida Jack Julia Kate Leo Lucy Maria Mark "
+    "Max Nina Oscar Paul Rosa Sam Sarah Tom Vera Will"
+)
+PLACEHOLDER = re.compile(
+    r"[\[(<](?:user ?(?P<number>[12])(?:['\u2019]s)?(?: name)?|(?:insert |your |their )?(?:user)?name)[\])>]",
+    re.IGNORECASE,
+)
+STAGE_DIRECTION = re.compile(r"\[[A-Za-z][^\]]{0,30}\]")
 
 
 def read_rows(data: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -96,8 +110,11 @@ def licence_classes(data: Path) -> dict[str, str]:
 def is_held_apart(prompt: str) -> bool:
     """Say whether a dialogue that starts with this user turn is kept for measuring.
 
-    The turn is compared without case, spaces and marks, so near copies fall on one side.
+    The turn is compared without case, spaces and marks, so near copies fall on one side. A turn
+    with a placeholder for a name is filled with any, so it is never kept.
     """
+    if PLACEHOLDER.search(prompt):
+        return False
     key = re.sub(r"\W+", "", prompt.lower())
     return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 100 < HELD_APART_PERCENT
 
@@ -125,11 +142,21 @@ def dices_chat(prompt: str) -> Chat:
 
 def fill_names(messages: Chat, rng: random.Random) -> Chat:
     """Return the messages with names where the source left a placeholder."""
-    name = rng.choice(NAMES)
-    return [
-        {**m, "content": re.sub(r"[\[(<](?:user|your|insert )? ?name[\])>]", name, m["content"])}
-        for m in messages
-    ]
+    names = dict(zip(("user", "assistant"), rng.sample(NAMES, 2), strict=True))
+    filled = []
+    for message in messages:
+        own = names.get(message["role"], names["user"])
+        other = next(name for name in names.values() if name != own)
+
+        def named(match: re.Match[str], own: str = own, other: str = other) -> str:
+            if match["number"]:
+                return names["user" if match["number"] == "1" else "assistant"]
+            before = match.string[: match.start()].lower().rstrip()
+            introduced = before.endswith(("i'm", "i am", "name is", "name's", "this is", "it's"))
+            return own if introduced else other
+
+        filled.append({**message, "content": PLACEHOLDER.sub(named, message["content"])})
+    return filled
 
 
 def flip(messages: Chat) -> Chat:
@@ -138,12 +165,13 @@ def flip(messages: Chat) -> Chat:
     return [{**m, "role": other[m["role"]]} for m in messages[1:]]
 
 
-def chat_documents(data: Path) -> Iterator[tuple[str, Chat, set[int]]]:
+def chat_documents(data: Path) -> Iterator[tuple[str, Chat, set[int], bool]]:
     """Yield what a chat model may learn from or be measured on.
 
     Yields:
-        The source, the messages, and the indices of the messages it must not learn to write:
-        requests that are unsafe, and earlier replies nobody preferred.
+        The source, the messages, the indices of the messages it must not learn to write
+        (requests that are unsafe, and earlier replies nobody preferred), and whether the
+        dialogue is held apart.
     """
     classes = licence_classes(data)
     rng = random.Random(0)
@@ -153,18 +181,24 @@ def chat_documents(data: Path) -> Iterator[tuple[str, Chat, set[int]]]:
             if classes[source] not in ALLOWED_CLASSES:
                 continue
             messages = fill_names(row["messages"], rng)
+            apart = is_held_apart(first_turn(row["messages"]))
+            if source == "synthetic_persona_chat" and any(
+                STAGE_DIRECTION.search(m["content"]) for m in messages
+            ):
+                continue
             persona = row.get("meta", {}).get("persona_assistant", "").replace("\n", " ")
             if persona and rng.random() < 0.5:
                 system = {"role": "system", "content": persona}
-                yield source, [system, *messages], {0}
+                yield source, [system, *messages], {0}, apart
             else:
-                yield source, messages, set()
-            if source in ("topical_chat", "synthetic_persona_chat"):
-                yield f"{source}/flipped", flip(messages), set()
+                yield source, messages, set(), apart
+            if source in ("topical_chat", "synthetic_persona_chat") and not apart:
+                yield f"{source}/flipped", flip(messages), set(), apart
     for name in ("self_instruct_seeds", "sgd"):
         for row in read_rows(data, f"chat/{name}"):
             if classes[row["source"]] in ALLOWED_CLASSES:
-                yield row["source"], row["messages"], set()
+                messages = row["messages"]
+                yield row["source"], messages, set(), is_held_apart(first_turn(messages))
     for name in ("hh_helpful", "hh_harmless", "llmbar", "pandalm", "coconot_pref"):
         seen = set()
         for row in read_rows(data, f"prefs/{name}"):
@@ -173,7 +207,7 @@ def chat_documents(data: Path) -> Iterator[tuple[str, Chat, set[int]]]:
             seen.add(row["chosen"])
             messages = [*row["messages"], {"role": "assistant", "content": row["chosen"]}]
             unlearned = set(range(len(messages) - 1)) if name == "hh_harmless" else set()
-            yield row["source"], messages, unlearned
+            yield row["source"], messages, unlearned, is_held_apart(first_turn(messages))
     for row in read_rows(data, "safety/responses"):
         if row["label"] != "safe" or classes[row["source"]] not in ALLOWED_CLASSES:
             continue
@@ -183,21 +217,15 @@ def chat_documents(data: Path) -> Iterator[tuple[str, Chat, set[int]]]:
             prompt = [{"role": "user", "content": row["prompt"]}]
         if len(row["response"]) < 400 and looks_english(row["response"]):
             messages = [*prompt, {"role": "assistant", "content": row["response"]}]
-            yield row["source"], messages, set(range(len(prompt)))
+            unlearned = set(range(len(prompt)))
+            yield row["source"], messages, unlearned, is_held_apart(first_turn(prompt))
 
 
 def usable_documents(data: Path) -> Iterator[tuple[str, Chat, set[int], bool]]:
-    """Yield cleaned documents and whether each is held apart."""
-    held_apart = False
-    for source, messages, unlearned in chat_documents(data):
-        # A flipped dialogue follows its original and stays on the original's side.
-        if not source.endswith("/flipped"):
-            held_apart = is_held_apart(first_turn(messages))
-        elif held_apart:
-            continue
-        text = "\n".join(m["content"] for m in messages)
-        if messages and looks_english(text):
-            yield source, messages, unlearned, held_apart
+    """Yield the documents that are English, as `chat_documents` does."""
+    for source, messages, unlearned, apart in chat_documents(data):
+        if messages and looks_english("\n".join(m["content"] for m in messages)):
+            yield source, messages, unlearned, apart
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
@@ -256,14 +284,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is made")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep-tokenizer", action="store_true", help="use the one that is there")
     arguments = parser.parse_args()
 
     documents = list(usable_documents(arguments.data))
-    # Booking dialogues would otherwise fill the vocabulary.
-    rng = random.Random(arguments.seed)
-    learned = [d for d in documents if not d[3] and rng.random() < SOURCE_WEIGHTS[d[0]]]
-    tokenizer = train_tokenizer(m["content"] for d in learned for m in d[1])
-    tokenizer.save_pretrained(arguments.work / "tokenizer")
+    if arguments.keep_tokenizer:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.work / "tokenizer")
+    else:
+        # Booking dialogues would otherwise fill the vocabulary.
+        rng = random.Random(arguments.seed)
+        learned = [d for d in documents if not d[3] and rng.random() < SOURCE_WEIGHTS[d[0]]]
+        tokenizer = train_tokenizer(m["content"] for d in learned for m in d[1])
+        tokenizer.save_pretrained(arguments.work / "tokenizer")
 
     counts: Counter[str] = Counter()
     for split in ("train", "held_apart"):

@@ -13,6 +13,7 @@ Run:
 import argparse
 import json
 import math
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +124,44 @@ def rate_at(step: int, *, steps: int, warmup: int, decay: float) -> float:
     return min(1.0, (step + 1) / warmup, max(0.05, left))
 
 
+class Clock:
+    """Tells when to cool down and when to stop, by steps or by the clock.
+
+    On a machine that others use too nobody knows how many steps an hour has. `cool_minutes`
+    lets the learning rate fall from now on and ends the run when they are over; a signal to
+    terminate ends it after the step it is in.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        """Start the clock."""
+        self.arguments = arguments
+        self.begun = time.monotonic()
+        self.terminated = False
+        signal.signal(signal.SIGTERM, self._terminate)
+
+    def _terminate(self, *_: Any) -> None:
+        self.terminated = True
+
+    @property
+    def minutes(self) -> float:
+        """Minutes since the run was started or resumed."""
+        return (time.monotonic() - self.begun) / 60
+
+    def rate(self, step: int) -> float:
+        """Return the share of the learning rate at a step."""
+        arguments = self.arguments
+        if arguments.cool_minutes is not None:
+            return max(0.03, 1.0 - self.minutes / arguments.cool_minutes)
+        return rate_at(step, steps=arguments.steps, warmup=arguments.warmup, decay=arguments.decay)
+
+    def over(self, step: int) -> bool:
+        """Say whether the run ends before this step."""
+        cool_minutes = self.arguments.cool_minutes
+        if cool_minutes is not None:
+            return self.terminated or self.minutes >= cool_minutes
+        return self.terminated or step >= self.arguments.steps
+
+
 def make_loss(model: Any, device: torch.device, *, compiled: bool) -> Any:
     """Return a function of ids, targets and weights that gives the mean loss in nats."""
 
@@ -210,6 +249,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--warmup", type=int, default=150)
     parser.add_argument("--decay", type=float, default=0.3, help="share of the steps that cool")
+    parser.add_argument("--cool-minutes", type=float, help="cool down from now on, then stop")
     parser.add_argument("--rows", type=int, default=8, help="of a batch")
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
@@ -259,7 +299,7 @@ def main() -> None:
     part_weights = torch.tensor([0.0, arguments.read_weight, 1.0])
     log = (folder / "log.jsonl").open("a", buffering=1)
     bar = tqdm(total=arguments.steps, initial=step, mininterval=30.0)
-    begun = time.monotonic()
+    clock = Clock(arguments)
 
     def save() -> None:
         state = {
@@ -268,19 +308,19 @@ def main() -> None:
             "average": average,
             "step": step,
             "seen": seen,
-            "seconds": seconds + time.monotonic() - begun,
+            "seconds": seconds + 60 * clock.minutes,
         }
         torch.save(state, checkpoint_path.with_suffix(".part"))
         checkpoint_path.with_suffix(".part").replace(checkpoint_path)
         save_bundle(model, average, tokenizer, folder / "bundle")
 
-    while step < arguments.steps:
+    while not clock.over(step):
         seen, (ids, parts) = next(batches)
         shape = (arguments.rows, arguments.length)
         inputs = torch.from_numpy(ids[:-1]).view(shape).to(device)
         targets = torch.from_numpy(ids[1:]).view(shape).to(device)
         weights = part_weights[torch.from_numpy(parts[1:]).long()].view(shape).to(device)
-        share = rate_at(step, steps=arguments.steps, warmup=arguments.warmup, decay=arguments.decay)
+        share = clock.rate(step)
         loss = loss_of(inputs, targets, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -297,13 +337,13 @@ def main() -> None:
         bar.update()
         if step % 25 == 0:
             speed = 25 * arguments.rows * arguments.length
-            elapsed = seconds + time.monotonic() - begun
+            elapsed = seconds + 60 * clock.minutes
             entry = {"step": step, "loss": round(loss.item(), 4), "seen": seen}
             log.write(json.dumps({**entry, "seconds": round(elapsed, 1)}) + "\n")
             bar.set_postfix(loss=f"{entry['loss']:.3f}", tokens=speed)
-        if step % arguments.save_every == 0 or step == arguments.steps:
+        if step % arguments.save_every == 0 or clock.over(step):
             save()
-        if step % arguments.measure_every == 0 or step == arguments.steps:
+        if step % arguments.measure_every == 0 or clock.over(step):
             now = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             model.load_state_dict(average)
             measured = bits_per_byte(model, tokenizer, held_apart, limit=60, device=device)

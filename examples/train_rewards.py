@@ -13,8 +13,8 @@ What teaches which head:
     positive: the VADER lexicon, read over everyday talk and over made-up sentences.
 
 A bag of words learns the same rows quickly and well. Its opinion, of rows it did not learn
-from, is mixed into the labels of safety, and it labels pieces cut out of them, so that the
-trunk starts from what words alone tell.
+from, is mixed into the labels of safety, and it labels pieces cut out of them word by word, so
+that the trunk starts from what words alone tell.
 
 Run (after `prepare_data.py` and `train_language_model.py --name trunk ...`):
     python examples/train_rewards.py --data DATA --work WORK --steps 3000
@@ -22,11 +22,11 @@ Run (after `prepare_data.py` and `train_language_model.py --name trunk ...`):
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +43,7 @@ from prepare_data import (
     licence_classes,
     looks_english,
     read_rows,
+    words_of,
 )
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -51,7 +52,7 @@ from sklearn.pipeline import make_pipeline
 from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
-from train_language_model import make_optimizers, rate_at, save_bundle
+from train_language_model import Clock, make_optimizers, save_bundle
 from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -76,6 +77,7 @@ class Example:
         pair_head: The head that tells the two replies apart.
         only_prompt: The label is the request's and holds at the empty reply alone.
         held_apart: Kept for measuring.
+        word_labels: For a reply of single-spaced words, whether it is safe up to each of them.
     """
 
     source: str
@@ -85,6 +87,7 @@ class Example:
     pair_head: str | None = None
     only_prompt: bool = False
     held_apart: bool = False
+    word_labels: tuple[float, ...] = ()
 
 
 class Lexicon:
@@ -97,58 +100,17 @@ class Lexicon:
     """
 
     NEGATIONS = frozenset(
-        [
-            "not",
-            "no",
-            "never",
-            "none",
-            "nobody",
-            "nothing",
-            "neither",
-            "nor",
-            "nowhere",
-            "without",
-            "hardly",
-            "barely",
-            "rarely",
-            "seldom",
-            "isn't",
-            "wasn't",
-            "aren't",
-            "weren't",
-            "don't",
-            "doesn't",
-            "didn't",
-            "can't",
-            "cannot",
-            "couldn't",
-            "won't",
-            "wouldn't",
-            "shouldn't",
-            "hasn't",
-            "haven't",
-            "hadn't",
-            "ain't",
-        ]
+        words_of(
+            "not no never none nobody nothing neither nor nowhere without hardly barely "
+            "rarely seldom isn't wasn't aren't weren't don't doesn't didn't can't cannot "
+            "couldn't won't wouldn't shouldn't hasn't haven't hadn't ain't"
+        )
     )
     STRONGER = frozenset(
-        [
-            "very",
-            "really",
-            "so",
-            "extremely",
-            "absolutely",
-            "completely",
-            "incredibly",
-            "totally",
-            "truly",
-            "deeply",
-            "highly",
-            "especially",
-            "particularly",
-            "remarkably",
-            "such",
-        ]
+        words_of(
+            "very really so extremely absolutely completely incredibly totally truly deeply "
+            "highly especially particularly remarkably such"
+        )
     )
     WEAKER = frozenset(
         ["slightly", "somewhat", "partly", "barely", "hardly", "kinda", "sorta", "fairly"]
@@ -258,7 +220,7 @@ def everyday_dialogues(data: Path) -> Iterator[Chat]:
             messages = fill_names(row["messages"], rng)
             text = " ".join(m["content"] for m in messages)
             rare = name == "sgd" and rng.random() > 0.05
-            if not is_held_apart(first_turn(messages)) and looks_english(text) and not rare:
+            if not is_held_apart(first_turn(row["messages"])) and looks_english(text) and not rare:
                 yield messages
 
 
@@ -289,38 +251,13 @@ def everyday_examples(data: Path, lexicon: Lexicon, rng: random.Random) -> Itera
             yield Example(source="inapt", prompt=prompt, replies=pair, pair_head="helpful")
 
 
-SUBJECTS = [
-    "the film",
-    "the movie",
-    "this story",
-    "the acting",
-    "the plot",
-    "the ending",
-    "the music",
-    "the food",
-    "the day",
-    "the trip",
-    "my job",
-    "the service",
-    "the book",
-    "the weather",
-    "this place",
-    "the script",
-    "the cast",
-    "my friend",
-    "the party",
-    "the game",
-    "his performance",
-    "her voice",
-    "the direction",
-    "the whole thing",
-    "it",
-    "this one",
-    "the hotel",
-    "the show",
-    "the humor",
-    "the dialogue",
-]
+SUBJECTS = words_of(
+    "the film;the movie;this story;the acting;the plot;the ending;the music;the "
+    "food;the day;the trip;my job;the service;the book;the weather;this place;the "
+    "script;the cast;my friend;the party;the game;his performance;her voice;the "
+    "direction;the whole thing;it;this one;the hotel;the show;the humor;the dialogue",
+    ";",
+)
 FRAMES = (
     "{S} was {W}",
     "{S} is {W}",
@@ -348,27 +285,7 @@ FRAMES = (
 def lexicon_examples(lexicon: Lexicon, count: int, rng: random.Random) -> Iterator[Example]:
     """Yield made-up sentences full of rated words, so that every one of them is met."""
     words = [w for w in lexicon.ratings if re.fullmatch(r"[a-z][a-z'-]+", w)]
-    plain = [
-        "I",
-        "you",
-        "we",
-        "the",
-        "a",
-        "it",
-        "that",
-        "they",
-        "and",
-        "then",
-        "of",
-        "in",
-        "on",
-        "to",
-        "with",
-        "for",
-        "very",
-        "one",
-        "time",
-    ]
+    plain = words_of("I you we the a it that they and then of in on to with for very one time")
     modest = ("not", "never", "hardly")
     strong = sorted(Lexicon.STRONGER - {"such"}) + sorted(Lexicon.WEAKER)
     for _ in range(count):
@@ -452,19 +369,26 @@ class WordTeacher:
                 words: list[str] = []
                 for example in rng.sample(rows, rng.choice((1, 1, 2))):
                     of_text = example.replies[0].split()
-                    length = rng.randint(1, 40)
+                    length = rng.randint(1, 30)
                     start = rng.randrange(max(1, len(of_text) - length // 2))
                     words += of_text[start : start + length]
                 texts.append(" ".join(words))
-            opinions = self.pipelines[kind].predict_proba(texts)[:, 1]
-            for text, opinion in zip(texts, opinions, strict=True):
-                labels = {"safe": float(opinion)}
-                yield Example(source="pieces", prompt=[], replies=(text,), labels=labels)
+            # Asked up to every word, the teacher tells which words turned its opinion.
+            words_of_texts = [text.split(" ") for text in texts]
+            beginnings = [
+                " ".join(words[: place + 1])
+                for words in words_of_texts
+                for place in range(len(words))
+            ]
+            opinions = iter(self.pipelines[kind].predict_proba(beginnings)[:, 1].tolist())
+            for text, words in zip(texts, words_of_texts, strict=True):
+                labels = tuple(next(opinions) for _ in words)
+                yield Example(source="pieces", prompt=[], replies=(text,), word_labels=labels)
 
 
 # How often an example of each source is met in one epoch.
 EPOCH_WEIGHTS = {
-    "davidson": 0.5,
+    "davidson": 0.6,
     "hatecheck": 1.0,
     "openai_moderation": 1.0,
     "wiki_toxicity": 1.0,
@@ -515,6 +439,8 @@ class Encoder:
         Half of what an example counts is spread over its prefixes, a quarter lies on the
         whole reply left open and a quarter on the closed one.
         """
+        if example.word_labels:
+            return self._encode_words(example, reply)
         content = self.tokenizer.encode(reply, add_special_tokens=False)[:MAX_REPLY]
         if example.only_prompt:
             content, tail = [], []
@@ -536,6 +462,26 @@ class Encoder:
             for place in range(start, last):
                 targets.append((place, head, label, spread + 0.25 * (place == last - 1)))
             targets.append((last, head, label, 0.25))
+        return Asked(ids, first, targets)
+
+    def _encode_words(self, example: Example, reply: str) -> Asked:
+        """Return a reply that is asked for its safety after each word and, closed, at its end."""
+        words = reply.split(" ")
+        pieces = [self.tokenizer.encode(words[0], add_special_tokens=False)]
+        pieces += [self.tokenizer.encode(f" {w}", add_special_tokens=False) for w in words[1:]]
+        lengths = list(itertools.accumulate(len(piece) for piece in pieces))
+        kept = sum(length <= MAX_REPLY for length in lengths)
+        content = [token for piece in pieces[:kept] for token in piece]
+        prompt = self.prompt_ids(example.prompt, LENGTH - len(content) - 1)
+        ids = [*prompt, *content, self.tokenizer.eos_token_id]
+        first = len(prompt) - 1
+        places = [first + length for length in lengths[:kept]]
+        labels = list(example.word_labels[:kept])
+        if places:
+            places.append(len(ids) - 1)
+            labels.append(labels[-1])
+        share = 1.0 / max(1, len(places))
+        targets = [(p, 0, label, share) for p, label in zip(places, labels, strict=True)]
         return Asked(ids, first, targets)
 
 
@@ -781,6 +727,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--decay", type=float, default=0.5, help="share of the steps that cool")
+    parser.add_argument("--cool-minutes", type=float, help="cool down from now on, then stop")
     parser.add_argument("--rows", type=int, default=10, help="of a batch")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
@@ -861,7 +808,7 @@ def main() -> None:
     loss_of = make_loss(model, device, arguments.language, compiled=not arguments.no_compile)
     log = (folder / "log.jsonl").open("a", buffering=1)
     bar = tqdm(total=arguments.steps, initial=step, mininterval=30.0)
-    begun = time.monotonic()
+    clock = Clock(arguments)
     sums = torch.zeros(3)
 
     def save() -> None:
@@ -870,19 +817,19 @@ def main() -> None:
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "average": average,
             "step": step,
-            "seconds": seconds + time.monotonic() - begun,
+            "seconds": seconds + 60 * clock.minutes,
         }
         torch.save(state, checkpoint_path.with_suffix(".part"))
         checkpoint_path.with_suffix(".part").replace(checkpoint_path)
         save_bundle(model, average, tokenizer, folder / "bundle")
 
     model.train()
-    while step < arguments.steps:
+    while not clock.over(step):
         batch = pack(examples, encoder, arguments.rows, batch_rng).to(device)
         losses = loss_of(*(getattr(batch, name) for name in Batch.__slots__))
         losses[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        share = rate_at(step, steps=arguments.steps, warmup=arguments.warmup, decay=arguments.decay)
+        share = clock.rate(step)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = arguments.learning_rate * share
@@ -899,12 +846,12 @@ def main() -> None:
             total, of_labels, of_pairs = (sums / 25).tolist()
             sums.zero_()
             entry = {"step": step, "loss": total, "labels": of_labels, "pairs": of_pairs}
-            elapsed = seconds + time.monotonic() - begun
+            elapsed = seconds + 60 * clock.minutes
             log.write(json.dumps({**entry, "seconds": round(elapsed, 1)}) + "\n")
             bar.set_postfix(labels=f"{of_labels:.3f}", pairs=f"{of_pairs:.3f}")
-        if step % arguments.save_every == 0 or step == arguments.steps:
+        if step % arguments.save_every == 0 or clock.over(step):
             save()
-        if step % arguments.measure_every == 0 or step == arguments.steps:
+        if step % arguments.measure_every == 0 or clock.over(step):
             now = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             model.load_state_dict(average)
             figures = measure(model, encoder, apart)
