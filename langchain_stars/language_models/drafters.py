@@ -476,6 +476,23 @@ class _Pool:
             second.index = one
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tree:
+    """Where the branches of a round lie; nothing of it is copied to the device step by step.
+
+    Attributes:
+        lengths: Length of each row's prefix.
+        ends: The same on the device, [rows, 1].
+        own: Numbers of the branches, [branches].
+        mask: What they see; None where each sees all that is read.
+    """
+
+    lengths: list[int]
+    ends: Tensor
+    own: Tensor
+    mask: TreeMask | None
+
+
 class RaggedDrafter(Drafter):
     """Drafts all branches of all rows at once, on a cache whose rows have lengths of their own."""
 
@@ -560,6 +577,7 @@ class RaggedDrafter(Drafter):
             if len(lacked) > 1:
                 pool.store(request.prefix, row)
 
+        assert pool.cache is not None
         assert pool.logits is not None
         streamed = self._draw(draws, pool.logits[: len(rows), None], 0, len(rows))
         fed = [0] * len(rows)
@@ -567,7 +585,7 @@ class RaggedDrafter(Drafter):
         while active := draws.active:
             yield self._in_order(streamed, order)
             first, last = active[0], active[-1] + 1
-            logits = self._step(pool, draws, rows, tree, first, last)
+            logits = self._step(pool.cache, draws, tree, first, last)
             for at in active:
                 fed[at] += 1
                 self.counts.drafted += draws.num_open(at)
@@ -774,53 +792,49 @@ class RaggedDrafter(Drafter):
         return draws.draw(logits, first, last)
 
     @torch.inference_mode()
-    def _tree(self, draws: _Draws, rows: Sequence[_Row]) -> TreeMask | None:
-        """Return the masks of the round, None where it needs none."""
+    def _tree(self, draws: _Draws, rows: Sequence[_Row]) -> _Tree:
+        """Return where the branches of a round lie and what they see."""
         lengths = [len(row.ids) for row in rows]
-        if draws.branches == 1 and self._uniform(lengths, lengths[0] + draws.steps):
-            return None
-        return TreeMask(
-            self.network.windows,
-            lengths,
-            draws.branches,
-            draws.steps,
-            dtype=self.network.dtype,
-            device=self.network.device,
+        device = self.network.device
+        mask = None
+        if draws.branches > 1 or not self._uniform(lengths, lengths[0] + draws.steps):
+            mask = TreeMask(
+                self.network.windows,
+                lengths,
+                draws.branches,
+                draws.steps,
+                dtype=self.network.dtype,
+                device=device,
+            )
+        return _Tree(
+            lengths=lengths,
+            ends=torch.tensor(lengths, device=device)[:, None],
+            own=torch.arange(draws.branches, device=device),
+            mask=mask,
         )
 
     @torch.inference_mode()
     def _step(
-        self,
-        pool: _Pool,
-        draws: _Draws,
-        rows: Sequence[_Row],
-        tree: TreeMask | None,
-        first: int,
-        last: int,
+        self, cache: RaggedCache, draws: _Draws, tree: _Tree, first: int, last: int
     ) -> Tensor:
         """Feed the last token of every branch of some rows; return logits [rows, branches, vocab]."""
-        assert pool.cache is not None
-        network, cache, branches = self.network, pool.cache, draws.branches
+        network, branches = self.network, draws.branches
         step = draws.step - 1
-        lengths = [len(row.ids) for row in rows[first:last]]
+        lengths = tree.lengths[first:last]
+        ends = tree.ends[first:last]
         limit = max(lengths) + (step + 1) * branches
         mask = None
-        if tree is not None:
-            tree.advance(step)
-            mask = tree.read(first, last, limit)
+        if tree.mask is not None:
+            tree.mask.advance(step)
+            mask = tree.mask.read(first, last, limit)
         slots: Tensor | int = lengths[0] + step * branches
         if min(lengths) != max(lengths):
-            slots = torch.tensor(lengths, device=network.device)[:, None] + (
-                step * branches + torch.arange(branches, device=network.device)
-            )
-        places = [[min(n + step, network.context_length - 1)] * branches for n in lengths]
+            slots = ends + (step * branches + tree.own)
+        places = (ends + step).clamp(max=network.context_length - 1).expand(-1, branches)
         self.counts.forwards += 1
         with cache.at(rows=range(first, last), slots=slots, limit=limit):
             return network.forward(
-                draws.tokens[first:last, :, step],
-                positions=torch.tensor(places, device=network.device),
-                mask=mask,
-                cache=cache,
+                draws.tokens[first:last, :, step], positions=places, mask=mask, cache=cache
             )
 
 

@@ -9,10 +9,10 @@ import json
 import logging
 import os
 import re
-import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -280,6 +280,7 @@ class LocalLanguageModel(LanguageModel):
         self._tokenizer_lock = threading.Lock()
         self._drafter: Drafter | None = None
         self._most_candidates = _MOST_CANDIDATES
+        self._most_rows: int | None = None
         self.counts = Counts()
 
     def __repr__(self) -> str:
@@ -307,7 +308,12 @@ class LocalLanguageModel(LanguageModel):
 
     @property
     def max_rows(self) -> int:
-        """Most replies at once, bounded by the memory that is free now."""
+        """Most replies at once, by the memory that was free when the weights had been loaded."""
+        if self._most_rows is None:
+            return self._rows_that_fit()
+        return self._most_rows
+
+    def _rows_that_fit(self) -> int:
         free = _free_bytes(self._device)
         if free is None:
             return _MOST_ROWS
@@ -584,6 +590,7 @@ class LocalLanguageModel(LanguageModel):
                         weights.model = self._load()
                     drafter = self._drafter = self._choose(self._network(weights.model), weights)
                     weights.users.add(self)
+                    self._most_rows = self._rows_that_fit()
         return drafter
 
     def _load(self) -> Any:
@@ -600,12 +607,13 @@ class LocalLanguageModel(LanguageModel):
             if self._device_map is not None:
                 arguments["device_map"] = self._device_map
             own_dtype = self._source.dtype == "auto" and self._device_map is not None
-            model = self._read(
-                AutoModelForCausalLM,
-                dtype="auto" if own_dtype else self._dtype,
-                use_safetensors=True,
-                **arguments,
-            )
+            with _quietly(Path(self._name).is_dir()):
+                model = self._read(
+                    AutoModelForCausalLM,
+                    dtype="auto" if own_dtype else self._dtype,
+                    use_safetensors=True,
+                    **arguments,
+                )
             quantised = getattr(model, "quantization_method", None) is not None
             if self._device_map is None and not quantised:
                 model = model.to(self._device)
@@ -757,6 +765,21 @@ class LocalLanguageModel(LanguageModel):
         return error <= most
 
 
+@contextmanager
+def _quietly(quiet: bool) -> Iterator[None]:
+    """Show no progress bar of transformers, as of reading a folder; that of a download is wanted."""
+    from transformers.utils import logging as of_transformers
+
+    shown = of_transformers.is_progress_bar_enabled()
+    if quiet:
+        of_transformers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if quiet and shown:
+            of_transformers.enable_progress_bar()
+
+
 def _checked_name(name: str) -> str:
     """Return the folder or the hub id that a name names.
 
@@ -812,6 +835,12 @@ def _free_bytes(device: str) -> int | None:
     """Return how much memory is free on a device; None where that is not known."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as file:  # Linux, with what its caches would give back
+            lines = dict(line.split(":") for line in file)
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
@@ -927,17 +956,23 @@ def _interpolate(table: Mapping[int, float], queries: int) -> float:
 
 
 def _time_steps(drafter: Drafter) -> dict[int, float]:
-    """Measure forward passes of a few sizes behind a short prefix, in seconds."""
-    table: dict[int, float] = {}
+    """Measure forward passes of a few sizes behind a short prefix, in seconds.
+
+    The shortest of several times counts: whatever else the machine does only adds to it.
+    """
+    steps = {queries: drafter.stepping(queries) for queries in _TIMED_QUERIES}
+
+    def seconds(queries: int) -> float:
+        began = time.perf_counter()
+        steps[queries]().tolist()  # waits for the device
+        return time.perf_counter() - began
+
     began = time.perf_counter()
-    for queries in _TIMED_QUERIES:
-        step = drafter.stepping(queries)
-        times = []
-        for _ in range(4):
-            at = time.perf_counter()
-            step().tolist()  # waits for the device
-            times.append(time.perf_counter() - at)
-        table[queries] = statistics.median(times[1:])
-        if time.perf_counter() - began > _TIMING_SECONDS and len(table) >= 4:
-            break
+    seconds(1)
+    if seconds(1) > _TIMING_SECONDS / 4:  # a large model on a CPU
+        steps = {queries: steps[queries] for queries in _TIMED_QUERIES[::2]}
+    table = {queries: seconds(queries) for queries in steps}
+    while time.perf_counter() - began < _TIMING_SECONDS:
+        for queries, least in table.items():
+            table[queries] = min(least, seconds(queries))
     return table
