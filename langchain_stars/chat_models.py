@@ -173,6 +173,8 @@ class ChatStars(BaseChatModel):
         seed: Decides every draw of a reply; None takes a new one each time, and reports it.
         timeout: Seconds that a reply may take once its models are loaded; None is no limit.
         max_queue: Most replies that may wait for this one to be taken, at least 0.
+        partition: Name of those who may share what is computed for a prompt, such as the turns of
+            one thread or the users of one tenant; nobody shares under an empty name.
         device: `"cpu"`, `"cuda"`, ...; None takes the best there is.
         dtype: Type of the weights; None is the checkpoint's, and float32 on a CPU.
         device_map: As in transformers, to spread a large model over devices.
@@ -214,6 +216,7 @@ class ChatStars(BaseChatModel):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     timeout: float | None = Field(default=None, gt=0)
     max_queue: int = Field(default=1024, ge=0)
+    partition: str = ""
     device: str | None = None
     dtype: str | None = None
     device_map: Any = None
@@ -468,6 +471,7 @@ class ChatStars(BaseChatModel):
             "max_tokens": self.max_tokens,
             "stop": self.stop,
             "seed": self.seed,
+            "partition": self.partition,
         }
 
     def _fingerprint(self) -> str:
@@ -680,6 +684,7 @@ class ChatStars(BaseChatModel):
             timeout=chat_model.timeout,
             max_queue=chat_model.max_queue,
             priority=_priority.get(),
+            partition=chat_model.partition,
             segment_size=chat_model.segment_size,
             streamed=streamed,
         )

@@ -79,7 +79,7 @@ def says(text: str) -> Callable[[str], Table]:
 
 
 class Recording(ScriptedLanguageModel):
-    """Keeps what it is asked to encode, and in which lanes it draws."""
+    """Keeps what it is asked to encode, and in which lanes and partitions it draws."""
 
     def __init__(
         self, script: Any = letters, *, refused: Sequence[str] = (), **kwargs: Any
@@ -87,6 +87,7 @@ class Recording(ScriptedLanguageModel):
         super().__init__(script, **kwargs)
         self.chats: list[list[dict[str, Any]]] = []
         self.lanes: set[str] = set()
+        self.partitions: set[str] = set()
         self._refused = refused
 
     def encode(self, chat: Chat, *, tools: Any = None) -> list[int]:
@@ -97,6 +98,7 @@ class Recording(ScriptedLanguageModel):
 
     def drafting(self, requests: Sequence[Request]) -> Drafting:
         self.lanes |= {request.prefix.lane for request in requests}
+        self.partitions |= {request.prefix.partition for request in requests}
         return super().drafting(requests)
 
 
@@ -544,6 +546,15 @@ def test_settings_of_a_call_reach_the_decoder() -> None:
         model.invoke("hi", max_tokens=0)
 
 
+def test_prompts_are_shared_only_under_a_name_that_is_given() -> None:
+    model = Recording(says("x"))
+    guarded(model).invoke("hi")
+    assert model.partitions == {""}
+    guarded(model, partition="ann").invoke("hi")
+    guarded(model, partition="ann").invoke("hi", partition="bob")
+    assert model.partitions == {"", "ann", "bob"}
+
+
 def test_a_call_may_name_another_model() -> None:
     other = ScriptedLanguageModel(says("other"), name="other")
     model = guarded(says("own"))
@@ -853,6 +864,7 @@ def differing() -> Iterator[dict[str, Any]]:
         {"max_tokens": 100},
         {"stop": ["x"]},
         {"seed": 8},
+        {"partition": "x"},
         {"model": ScriptedLanguageModel(letters)},
     )
 
