@@ -1,0 +1,495 @@
+"""The command line: what is written where, what a terminal shows, and how it ends."""
+
+import io
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers.utils import logging as of_transformers
+
+import langchain_stars
+from langchain_stars import cli
+from langchain_stars.rewards import bundled
+
+if os.name == "posix":
+    import pty
+
+BUNDLED = (bundled.FOLDER / "rewards" / "config.json").is_file()
+needs_bundled = pytest.mark.skipif(not BUNDLED, reason="the bundled weights are not there")
+needs_terminal = pytest.mark.skipif(os.name != "posix", reason="no pseudo-terminals")
+
+
+@pytest.fixture(autouse=True)
+def _leave_libraries_as_talkative_as_they_were() -> Iterator[None]:
+    verbosity = of_transformers.get_verbosity()
+    yield
+    of_transformers.set_verbosity(verbosity)
+
+
+@pytest.fixture
+def models(language_model_folder: Path, reward_folder: Path) -> list[str]:
+    """Arguments that name small random models: a guard that everything meets."""
+    return [
+        *("--model", str(language_model_folder), "--device", "cpu", "--seed", "1"),
+        *("--constraint", f"{reward_folder} >= -1000", "--max-tokens", "24"),
+    ]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1", **more}
+
+
+def run(*arguments: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    """Returns what a fresh process wrote, and its exit code."""
+    return subprocess.run(
+        [sys.executable, "-m", "langchain_stars.cli", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment(),
+        check=False,
+    )
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Returns the exit code of a command run in this process, and what it wrote."""
+    code = cli.main(arguments)
+    written = capsys.readouterr()
+    return code, written.out, written.err
+
+
+class Terminal:
+    """A command that runs in a terminal of its own."""
+
+    def __init__(self, *arguments: str, **more: str) -> None:
+        self.read = ""
+        self._pid, self._descriptor = pty.fork()
+        if not self._pid:  # the child
+            command = [sys.executable, "-m", "langchain_stars.cli", *arguments]
+            os.execvpe(command[0], command, environment(TERM="xterm-256color", **more))
+
+    def wait_for(self, pattern: str, timeout: float = 120) -> str:
+        """Returns what was written up to what matches; fails when it does not come."""
+        end = time.monotonic() + timeout
+        while not (match := re.search(pattern, self.read)):
+            ready, _, _ = select.select(
+                [self._descriptor], [], [], max(0.0, end - time.monotonic())
+            )
+            try:
+                data = os.read(self._descriptor, 65536) if ready else b""
+            except OSError:  # the other end is closed
+                data = b""
+            assert data, f"waited for {pattern!r}, read {self.read!r}"
+            self.read += data.decode(errors="replace")
+        before, self.read = self.read[: match.end()], self.read[match.end() :]
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self._descriptor, text.encode())
+
+    def exit_code(self) -> int:
+        _, status = os.waitpid(self._pid, 0)
+        os.close(self._descriptor)
+        self._pid = 0
+        return os.waitstatus_to_exitcode(status)
+
+    def end(self) -> None:
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            self.exit_code()
+
+
+@pytest.fixture
+def terminals() -> Iterator[list[Terminal]]:
+    opened: list[Terminal] = []
+    yield opened
+    for terminal in opened:
+        terminal.end()
+
+
+def plain(text: str) -> str:
+    """Returns what a terminal shows, without colours."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r\n", "\n")
+
+
+# Arguments
+
+
+def test_the_version_and_the_help_load_no_model():
+    code = (
+        "import sys\n"
+        "from langchain_stars import cli\n"
+        "try:\n    cli.main(sys.argv[1:])\n"
+        "except SystemExit as end:\n    print(end.code, {'torch', 'transformers'} & set(sys.modules))"
+    )
+    for arguments, wanted in (
+        (["--version"], langchain_stars.__version__),
+        (["--help"], "chat"),
+        (["chat", "--help"], "--constraint"),
+    ):
+        process = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+        )
+        assert wanted in process.stdout
+        assert process.stdout.endswith("0 set()\n")
+
+
+def test_the_help_names_every_command_with_its_summary(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--help"])
+    assert end.value.code == 0
+    help_text = " ".join(capsys.readouterr().out.split())
+    for name, command in cli._COMMANDS.items():
+        assert f"{name} {(command.__doc__ or '').splitlines()[0]}" in help_text
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["sing"], ["chat", "--guarded", "--fast"], ["chat", "--seed", "x"]]
+)
+def test_arguments_that_mean_nothing_end_with_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/nowhere/at/all"], "got '/nowhere/at/all'"),
+        (["--reward", "nonsense"], "`reward`: the reward 'nonsense' is none of safety"),
+        (["--constraint", "safety >= x"], "`constraints`: the constraint 'safety >= x'"),
+        (["--segment-size", "0"], "`segment_size` must be at least 1, got 0"),
+        (["--temperature", "-1"], "`temperature` must be at least 0, got -1.0"),
+        (["--max-tokens", "0"], "`max_tokens`: Input should be greater than or equal to 1"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    arguments: list[str], message: str, models: list[str], capsys: pytest.CaptureFixture[str]
+):
+    code, out, err = said(capsys, "chat", "--once", "Hi", "--guarded", *models, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("langchain-stars: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_prompt_that_is_too_long_is_said_in_one_line(
+    models: list[str], capsys: pytest.CaptureFixture[str]
+):
+    code, out, err = said(capsys, "chat", "--guarded", *models, "--once", "word " * 2000)
+    assert (code, out) == (2, "")
+    assert "leaves no room for a reply" in err
+    assert err.count("\n") == 1
+
+
+def test_a_bug_shows_where_it_is(monkeypatch: pytest.MonkeyPatch):
+    def broken(arguments: object) -> int:
+        raise AssertionError("a bug")
+
+    monkeypatch.setitem(cli._COMMANDS, "demo", lambda parser: broken)
+    with pytest.raises(AssertionError, match="a bug"):
+        cli.main(["demo"])
+
+
+# Where nobody looks
+
+
+def test_a_pipe_gets_the_reply_and_nothing_else(
+    models: list[str], capsys: pytest.CaptureFixture[str]
+):
+    process = run("chat", *models, "--guarded", "--once", "Hello!")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.strip()
+    assert "\x1b" not in process.stdout
+    assert not re.search("[⁰¹²³⁴⁵⁶⁷⁸⁹]", process.stdout)
+    # A guard that everything meets changes nothing.
+    assert said(capsys, "chat", *models, "--fast", "--once", "Hello!") == (0, process.stdout, "")
+
+
+def test_what_is_written_is_the_reply_of_the_chat_model(
+    models: list[str], language_model_folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    chat = langchain_stars.ChatStars(
+        model=str(language_model_folder),
+        device="cpu",
+        seed=1,
+        max_tokens=24,
+        reward=None,
+        constraints=[],
+    )
+    code, out, _ = said(capsys, "chat", "--fast", *models, "--once", "Hello!")
+    assert (code, out) == (0, chat.invoke("Hello!").text + "\n")
+
+
+def test_every_line_of_a_pipe_is_a_turn_of_one_thread(
+    models: list[str],
+    language_model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello!\n\nAnd you?\n"))
+    code, out, err = said(capsys, "chat", "--fast", *models, "--temperature", "0")
+    assert (code, err) == (0, "")
+    chat = langchain_stars.ChatStars(
+        model=str(language_model_folder),
+        device="cpu",
+        max_tokens=24,
+        temperature=0,
+        reward=None,
+        constraints=[],
+    )
+    first = chat.invoke("Hello!")
+    second = chat.invoke([("user", "Hello!"), first, ("user", "And you?")])
+    assert out == f"{first.text}\n{second.text}\n"
+
+
+def test_a_system_message_stands_before_the_thread(
+    models: list[str], language_model_folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    chat = langchain_stars.ChatStars(
+        model=str(language_model_folder),
+        device="cpu",
+        seed=1,
+        max_tokens=24,
+        reward=None,
+        constraints=[],
+    )
+    _, out, _ = said(capsys, "chat", "--fast", *models, "--system", "Be kind.", "--once", "Hello!")
+    assert out == chat.invoke([("system", "Be kind."), ("user", "Hello!")]).text + "\n"
+
+
+def test_a_reply_that_is_refused_says_so_and_ends_well(
+    models: list[str], reward_folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    code, out, err = said(
+        capsys,
+        "chat",
+        "--guarded",
+        *models,
+        "--constraint",
+        f"{reward_folder} >= 1000",
+        "--max-attempts",
+        "3",
+        "--once",
+        "Hello!",
+    )
+    assert (code, err) == (0, "")
+    assert out == "I'm sorry, but I can't help with that.\n"
+    code, out, err = said(
+        capsys,
+        "chat",
+        "--guarded",
+        *models,
+        "--constraint",
+        f"{reward_folder} >= 1000",
+        "--max-attempts",
+        "3",
+        "--on-exhausted",
+        "raise",
+        "--once",
+        "Hello!",
+    )
+    assert (code, out) == (2, "")
+    assert err.startswith("langchain-stars: no attempt of segment 0 was accepted: 3 attempts")
+
+
+def test_the_rest_of_a_reply_is_dropped_where_its_reader_has_gone(models: list[str]):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "langchain_stars.cli", "chat", "--fast", *models],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdout.close()
+    with process:
+        process.stdin.write("Hello!\n" * 3)
+        process.stdin.close()
+        assert process.wait(120) == 1
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+
+
+# In a terminal
+
+
+@needs_terminal
+def test_a_conversation_in_a_terminal(models: list[str], terminals: list[Terminal]):
+    """One session, for each takes seconds to start: a reply, a mistake, an interrupt, the end."""
+    terminal = Terminal("chat", "--guarded", *models, "--segment-size", "4")
+    terminals.append(terminal)
+    greeting = plain(terminal.wait_for("you +"))
+    assert "Ctrl-C ends a reply, Ctrl-D the chat." in " ".join(greeting.split())
+
+    # Every segment of a reply has the number of its attempt.
+    terminal.type("Hello!\n")
+    shown = plain(terminal.wait_for(r"tokens?, \d+/s"))
+    assert "guarded  " in shown
+    segments, attempts = map(int, re.findall(r"(\d+) segments? in (\d+) attempts?", shown)[0])
+    assert segments == attempts > 1
+    assert shown.count("¹") == segments
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    terminal.wait_for("you +")
+
+    # A mistake ends its turn, not the chat; its question is not in the thread any more.
+    terminal.type("word " * 700 + "\n")
+    shown = " ".join(plain(terminal.wait_for("trim_messages")).split())
+    assert "leaves no room for a reply" in shown
+    terminal.wait_for("you +")
+    terminal.type("Hello!\n")
+    terminal.wait_for(r"tokens?, \d+/s")
+    terminal.wait_for("you +")
+
+    terminal.type("\x03")
+    terminal.wait_for("Ctrl-D ends the chat")
+    terminal.wait_for("you +")
+    terminal.type("\x04")
+    assert terminal.exit_code() == 0
+
+
+@needs_terminal
+def test_an_interrupt_ends_the_reply_and_not_the_chat(
+    models: list[str], terminals: list[Terminal], tmp_path: Path
+):
+    """Without rich, too: the same is shown, without colours."""
+    (tmp_path / "rich").mkdir()
+    (tmp_path / "rich" / "__init__.py").write_text("raise ImportError\n")
+    slow = [*models, "--max-tokens", "100000", "--segment-size", "1"]
+    terminal = Terminal("chat", "--guarded", *slow, PYTHONPATH=str(tmp_path))
+    terminals.append(terminal)
+    assert "pip install 'langchain-stars[cli]'" in terminal.wait_for("you +")
+    for _ in range(2):
+        terminal.type("Hello!\n")
+        terminal.wait_for("guarded  .*¹")
+        terminal.type("\x03")
+        shown = terminal.wait_for("stopped", timeout=30)
+        assert "^C" not in shown
+        assert "\x1b[3" not in shown
+        terminal.wait_for("you +")
+    terminal.type("\x04")
+    assert terminal.exit_code() == 0
+
+
+# The painter
+
+
+class Screen(cli._Screen):
+    """A screen that notes what is written."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(laid_out=True)
+        self.width = width
+        self.text = ""
+
+    def write(self, text: str, style: str = "") -> None:
+        self.text += text
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+def test_lines_are_broken_between_words_however_text_arrives(size: int):
+    text = "One two three four five six seven eight nine ten.\n\nEleven  twelve, thirteen: fourteen"
+    screen = Screen(30)
+    painter = cli._Painter(screen)
+    for begin in range(0, len(text), size):
+        painter.write(text[begin : begin + size])
+    painter.end()
+    lines = screen.text.splitlines()
+    assert all(len(line.rstrip()) <= 30 for line in lines)
+    assert screen.text.split() == text.split()
+    assert [line.strip() for line in lines] == [
+        "One two three four",
+        "five six seven eight",
+        "nine ten.",
+        "",
+        "Eleven  twelve,",
+        "thirteen: fourteen",
+    ]
+
+
+def test_a_word_that_is_longer_than_a_line_is_written_all_the_same():
+    screen = Screen(20)
+    painter = cli._Painter(screen)
+    painter.write("a " + "b" * 40 + " c")
+    painter.end()
+    assert screen.text.split() == ["a", "b" * 40, "c"]
+
+
+def test_wide_letters_take_two_columns():
+    screen = Screen(20)
+    painter = cli._Painter(screen)
+    painter.write("漢字漢字 漢字漢字")
+    painter.end()
+    assert [line.strip() for line in screen.text.splitlines()] == ["漢字漢字", "漢字漢字"]
+
+
+def test_numbers_stand_right_behind_their_segments():
+    screen = Screen(60)
+    painter = cli._Painter(screen)
+    for text, attempts in (("Hel", 1), ("lo, you", 12), (" there.", 3)):
+        painter.write(text)
+        painter.mark(cli._raised(attempts), "dim")
+    painter.end()
+    assert screen.text == "Hel¹lo, you¹² there.³\n"
+
+
+# With the models that ship
+
+
+@needs_bundled
+def test_the_demo_answers_one_turn_fast_and_one_guarded(capsys: pytest.CaptureFixture[str]):
+    begin = time.monotonic()
+    code, out, err = said(capsys, "demo")
+    shown = " ".join(out.split())
+    assert (code, err) == (0, "")
+    assert time.monotonic() - begin < 120
+    fast, guarded = (re.search(rf"\n{route} +(.*)", out) for route in ("fast", "guarded"))
+    assert fast is not None
+    assert guarded is not None
+    assert fast.start() < guarded.start()
+    assert not re.search("[¹²³⁴⁵⁶⁷⁸⁹]", fast.group(1))
+    assert re.search("[¹²³⁴⁵⁶⁷⁸⁹]", out[guarded.start() :])
+    drafted, kept, others = map(
+        int,
+        re.findall(r"(\d+) tokens were drafted and (\d+) kept. The other (\d+) were never", shown)[
+            0
+        ],
+    )
+    assert drafted - kept == others > 0
+    assert "is the final message to the byte: yes." in shown
+    assert "chat --model" in shown
+    assert "tiny" in shown
+
+
+@needs_bundled
+def test_a_turn_is_routed_by_the_bundled_safety_reward(capsys: pytest.CaptureFixture[str]):
+    for floor, refusal in ((-1.0, False), (2.0, True)):
+        code, out, err = said(
+            capsys,
+            "chat",
+            "--floor",
+            str(floor),
+            "--constraint",
+            "safety >= 2",
+            "--max-attempts",
+            "2",
+            "--max-tokens",
+            "4",
+            "--once",
+            "Hello!",
+        )
+        assert (code, err) == (0, "")
+        assert (out == "I'm sorry, but I can't help with that.\n") is refusal
