@@ -261,7 +261,15 @@ class ChatStars(BaseChatModel):
     @field_validator("model", mode="before")
     @classmethod
     def _read_model(cls, value: Any) -> Any:
-        return os.fspath(value) if isinstance(value, os.PathLike) else value
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        if not isinstance(value, str | LanguageModel):
+            raise ValueError(
+                f"`model` must be a hub id, a folder or a language model, got "
+                f"{type(value).__name__}; wrap a loaded model of transformers as "
+                "`LocalLanguageModel(model, tokenizer=tokenizer)`"
+            )
+        return value
 
     @field_validator("reward", mode="before")
     @classmethod

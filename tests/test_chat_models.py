@@ -691,6 +691,7 @@ def test_settings_that_nobody_knows_are_named_in_a_warning() -> None:
         ({"reward": None, "target": 1.0}, "target"),
         ({"device": "cpu"}, "device"),
         ({"model": ""}, "model"),
+        ({"model": object()}, "LocalLanguageModel"),
     ],
 )
 def test_a_setting_out_of_range_is_named(settings: dict[str, Any], name: str) -> None:
@@ -1184,6 +1185,33 @@ def test_several_event_loops_and_threads_get_what_they_get_alone() -> None:
     for thread in threads:
         thread.join()
     assert [replies[seed] for seed in range(12)] == expected
+
+
+def test_a_hundred_concurrent_calls_on_two_guards_keep_to_their_own() -> None:
+    def script(completion: str, prompt: str) -> Table:
+        if len(completion) >= 12:
+            return {"": 1.0}
+        return {f"<{prompt}>": 0.4, "#": 0.3, "@": 0.3}
+
+    model = ScriptedLanguageModel(script)
+    guards = [
+        guarded(model, reward=None, constraints=[TableReward(reject) >= 0.5])
+        for reject in (lambda text: float("#" not in text), lambda text: float("@" not in text))
+    ]
+    expected = [
+        guards[number % 2].invoke(f"canary{number}", seed=number).text for number in range(100)
+    ]
+
+    async def ask() -> list[AIMessage]:
+        return await asyncio.gather(
+            *(guards[number % 2].ainvoke(f"canary{number}", seed=number) for number in range(100))
+        )
+
+    replies = [reply.text for reply in asyncio.run(ask())]
+    assert replies == expected
+    for number, reply in enumerate(replies):
+        assert "#@"[number % 2] not in reply
+        assert reply.count("canary") == reply.count(f"<canary{number}>")
 
 
 # Errors
