@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-_LEAST_WEIGHTS = 3 << 16
+_LEAST_WEIGHTS = 1 << 17
 _ROWS = 8
 
 

@@ -964,8 +964,9 @@ def test_fingerprints_tell_models_apart(make_folder: FolderMaker) -> None:
         fingerprint(shape={"seed": 9}),
         fingerprint(dtype="bfloat16"),
         fingerprint(drafted_control_tokens=["<|tool|>"]),
+        fingerprint(chat_template=FALLBACK_TEMPLATE),
     }
-    assert len(different) == 4
+    assert len(different) == 5
     assert fingerprint() == fingerprint(device_map=None)
 
 
@@ -1118,3 +1119,13 @@ def test_bytes_that_are_no_utf8_become_replacement_characters(
     language_model = load()
     assert language_model.decode(ids) == "€"
     assert language_model.decode(ids[:2]) == "\ufffd"
+
+
+def test_a_template_that_refuses_a_chat_says_nothing_of_what_ends_a_reply(
+    make_folder: FolderMaker, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    template = "{{ raise_exception('only tools') if messages | length > 1 else 'x' }}"
+    language_model = LocalLanguageModel(make_folder("llama"), device="cpu", chat_template=template)
+    ends = language_model._loaded().network.ends.nonzero().flatten().tolist()
+    assert tokenizer.convert_ids_to_tokens(ends) == ["<|end|>"]
+    language_model.unload()

@@ -25,9 +25,9 @@ import langchain_stars
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "langchain_stars"
 CORE = {"langchain-core", "langgraph", "pydantic", "torch", "transformers"}
-# Import names that transformers and pydantic ask for and show in their own interfaces, and those of
+# Import names that torch, transformers and pydantic ask for and show in their own interfaces, and those of
 # extras with the modules that may use them.
-BROUGHT = {"huggingface_hub", "numpy", "safetensors", "tokenizers", "typing_extensions"}
+BROUGHT = {"huggingface_hub", "jinja2", "numpy", "safetensors", "tokenizers", "typing_extensions"}
 OF_EXTRAS = {"langchain": {"middleware.py"}, "matplotlib": {"cli.py"}, "rich": {"cli.py"}}
 
 

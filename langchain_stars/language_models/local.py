@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeAlias
 from weakref import WeakSet
 
 import torch
+from jinja2 import TemplateError
 
 from langchain_stars.language_models.base import (
     Candidate,
@@ -393,6 +394,7 @@ class LocalLanguageModel(LanguageModel):
         for part in (source.revision, str(self._dtype), source.attention, self.vocabulary):
             digest.update(repr(part).encode())
         digest.update(repr(sorted(self._drafted_control_tokens)).encode())
+        digest.update(repr(self.tokenizer.chat_template).encode())
         folder = Path(self._name)
         if self._given is not None:
             for parameter_name, parameter in self._given.state_dict().items():
@@ -708,7 +710,10 @@ class LocalLanguageModel(LanguageModel):
             {"role": "assistant", "content": marker},
             {"role": "user", "content": marker},
         ]
-        rendered = tokenizer.apply_chat_template(chat, tokenize=False)
+        try:
+            rendered = tokenizer.apply_chat_template(chat, tokenize=False)
+        except TemplateError:  # it takes no such chat, and says nothing of what ends a reply
+            rendered = ""
         if rendered.count(marker) == len(chat):
             after = tokenizer.encode(rendered.split(marker)[2], add_special_tokens=False)
             ends |= set(after[:1]) & set(added)
