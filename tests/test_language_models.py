@@ -762,6 +762,12 @@ def test_replies_end_where_the_context_does(load: Callable[..., LocalLanguageMod
         language_model.draw([ask(Prefix([]))])
 
 
+def test_a_prefix_is_asked_for_once_a_round(load: Callable[..., LocalLanguageModel]) -> None:
+    prefix = Prefix([20, 21])
+    with pytest.raises(ValueError, match="one prefix twice"):
+        load().draw([ask(prefix), ask(prefix, first_attempt=2)])
+
+
 def test_the_time_of_a_round_is_measured_and_kept(load: Callable[..., LocalLanguageModel]) -> None:
     language_model = load()
     assert 0 < language_model.round_seconds(1, 1, 4) < 1

@@ -483,6 +483,8 @@ class LocalLanguageModel(LanguageModel):
 
     def drafting(self, requests: Sequence[Request]) -> Drafting:
         """Draft them in pieces: a chunk of a prompt or one token of every candidate each."""
+        if len({id(request.prefix) for request in requests}) < len(requests):
+            raise ValueError("`requests` must have a prefix each, got one prefix twice")
         lanes: dict[str, list[int]] = {}
         for at, request in enumerate(requests):
             lanes.setdefault(request.prefix.lane, []).append(at)
