@@ -166,7 +166,7 @@ def calibrate(
         segment_size: Tokens of a segment, at least 1.
         max_tokens: Most tokens of a reply, at least 1.
         num_samples: Replies to each prompt, at least 2.
-        sampling: How tokens are drawn.
+        sampling: How tokens are drawn; as the model says if not given.
         seed: Decides the replies.
         engine: Runs them; that of the model's device if not given.
         progress: Wraps the replies as they are read, as `tqdm` does.
