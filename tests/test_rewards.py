@@ -1412,6 +1412,28 @@ def test_a_reward_model_gives_its_logit(reward_folder: Path) -> None:
     assert SequenceReward(reward_folder, labels={"LABEL_0": -1.0}).read((1.7,)) == -1.7
 
 
+def test_a_logit_out_of_the_promised_range_rejects(reward_folder: Path) -> None:
+    reward = SequenceReward(reward_folder, range=(-5.0, 5.0))
+    assert reward.read((4.9,)) == 4.9
+    for logit in (5.1, -5.1, math.inf, -math.inf, math.nan):
+        assert math.isnan(reward.read((logit,)))
+    assert reward.bounds({}) == (-5.0, 5.0)
+
+
+def test_scores_are_the_same_on_every_device(
+    device: str, make_folder: Callable[..., Path], tokenizer: Any
+) -> None:
+    for family in ("mistral", "gemma3_text", "bert"):
+        folder = make_folder(family, num_labels=2, seed=3)
+        scorer, twin = SequenceClassifier(folder, device=device, dtype="float32"), Twin(folder)
+        replies = Replies(tokenizer, 3)
+        for _ in range(4):
+            asked = replies.requests()
+            assert worst_difference(twin, asked, scorer.score(asked)) < 10 * TOLERANCE
+            replies.choose(asked)
+        scorer.release(replies.subjects[0])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

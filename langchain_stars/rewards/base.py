@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Chat: TypeAlias = Sequence[Mapping[str, Any]]
 """Messages: dictionaries with `role` and `content` and what the role adds."""
 
+_ROUNDING = 1e-6
+
 
 class RewardError(RuntimeError):
     """A reward could not be asked, or did not answer as it must.
@@ -276,6 +278,15 @@ class Leaf(Reward):
         """Return its value twice where it is known, and its range where not."""
         value = values.get(self)
         return self.range if value is None else (value, value)
+
+
+def within(value: float, range: tuple[float, float]) -> float:
+    """Return a value, moved into its range where only rounding keeps it out, else NaN."""
+    low, high = range
+    slack = _ROUNDING * max(1.0, abs(value))
+    if not (math.isfinite(value) and low - slack <= value <= high + slack):
+        return math.nan
+    return min(max(value, low), high)
 
 
 def digest(identity: Any) -> str:

@@ -16,10 +16,9 @@ import weakref
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-from langchain_stars.rewards.base import Leaf, Raw, RewardError, Scorer, ScoreRequest
+from langchain_stars.rewards.base import Leaf, Raw, RewardError, Scorer, ScoreRequest, within
 
 _KEYWORDS = ("prompts", "completions", "completion_ids", "finished")
-_ROUNDING = 1e-6
 
 
 def as_reward(
@@ -106,11 +105,7 @@ class FunctionReward(Leaf):
     def read(self, raw: Raw) -> float:
         """Return the number; NaN where it is out of the range that was promised."""
         (value,) = raw
-        low, high = self._range
-        slack = _ROUNDING * max(1.0, abs(value))
-        if not low - slack <= value <= high + slack:
-            return math.nan
-        return min(max(value, low), high)
+        return within(value, self._range)
 
     @property
     def range(self) -> tuple[float, float]:

@@ -20,6 +20,10 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from langchain_stars.packing import can_pack, pack
 from langchain_stars.ragged_cache import ATTENTION
@@ -33,6 +37,7 @@ from langchain_stars.rewards.base import (
     ScoreRequest,
     Subject,
     digest,
+    within,
 )
 from langchain_stars.rewards.packed import Counters, PackedModel, Reading, out_of_memory
 from langchain_stars.templates import TextEncoder, encode_chat, vocabulary_of
@@ -91,7 +96,7 @@ class SequenceReward(Leaf):
             own labels, or their indices. None for a model with one label.
         name: What reports call it; what comes last in the model's name if not given.
         activation: What becomes of logits; as `problem_type` says if not given.
-        range: Least and greatest reward, where the labels do not tell; it is not enforced.
+        range: Least and greatest reward, where the labels do not tell; what is outside rejects.
         target: The reward of a good reply.
         beta: The softness of acceptance that suits its scale, at least 0.
         floor: The least reward of an acceptable reply.
@@ -207,11 +212,7 @@ class SequenceReward(Leaf):
         values = [_worth(logits, worths, activation) for logits in windows]
         if any(math.isnan(value) for value in values):
             return math.nan
-        value = min(values)
-        if self._given_range is None and activation != "none":
-            low, high = self.range
-            value = min(max(value, low), high)  # probabilities add up to 1 but for rounding
-        return value
+        return within(min(values), self.range)  # probabilities add up to 1 but for rounding
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SequenceReward) and self._key == other._key
@@ -459,6 +460,8 @@ class SequenceClassifier(Scorer):
 
     def release(self, subject: Subject) -> None:
         """Drop what was read of a reply."""
+        if self._runner is None:  # said without the lock, which is held while it is loaded
+            return
         with self._lock, torch.inference_mode():
             if self._runner is not None:
                 self._runner.release(subject)
@@ -655,29 +658,13 @@ def _load_anew(source: _Source) -> _Loaded:
 
 
 def _is_encoder(config: Any) -> bool:
-    return not getattr(config, "is_decoder", False) and config.model_type in _ENCODERS
-
-
-_ENCODERS = frozenset(
-    {
-        "albert",
-        "bert",
-        "camembert",
-        "deberta",
-        "deberta-v2",
-        "distilbert",
-        "electra",
-        "eurobert",
-        "mobilebert",
-        "modernbert",
-        "mpnet",
-        "nomic_bert",
-        "roberta",
-        "roformer",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-    }
-)
+    """Return whether a model reads a text whole, so that separators around it are part of it."""
+    causal = (
+        config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and config.model_type != "xlnet"
+    )
+    return bool(config.is_encoder_decoder) or not causal
 
 
 def _may_keep(config: Any) -> bool:
