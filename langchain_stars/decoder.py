@@ -738,7 +738,7 @@ def advance(
     if not ready:
         return
     behind = min(row.num_segments for row in ready)
-    counts = _counts(language_model, ready)
+    counts = _counts(language_model, ready, lazy=lazy and _waves_pay(language_model, ready))
     drafting = language_model.drafting(
         [row.request(count) for row, count in zip(ready, counts, strict=True)]
     )
@@ -805,8 +805,11 @@ def _waves_pay(language_model: LanguageModel, rows: Sequence[Row]) -> bool:
     return not language_model.device.startswith("cuda") or num_tokens >= _MANY_TOKENS
 
 
-def _counts(language_model: LanguageModel, rows: Sequence[Row]) -> list[int]:
+def _counts(language_model: LanguageModel, rows: Sequence[Row], *, lazy: bool) -> list[int]:
     """Return how many candidates to draft for each row: what promises most segments a second.
+
+    A reward reads a candidate of every row in one pass, as the language model would read as many
+    tokens of one row, at its relative cost; where judging is lazy, none behind the accepted one.
 
     Source:
         The cost model is ours: a round with M candidates a row keeps 1 - (1 - p)^M segments of a
@@ -821,13 +824,19 @@ def _counts(language_model: LanguageModel, rows: Sequence[Row]) -> list[int]:
         cost = max((_reward_cost(row) for row in adaptive), default=0.0)
         ceiling = min(language_model.max_candidates, max(_ceiling(row) for row in adaptive))
         best = 0.0
-        one = language_model.round_seconds(len(rows), 1, size)
+        reading = cost * language_model.round_seconds(len(rows) * size, 1, 1)
         for count in range(1, ceiling + 1):
-            seconds = language_model.round_seconds(len(rows), count, size) + one * cost * count
-            gain = sum(
+            kept = [
                 expected_accepted(row.acceptance_rate, min(count, _ceiling(row)))
                 for row in adaptive
-            )
+            ]
+            gain = sum(kept)
+            judged = float(count)
+            if lazy:
+                judged = sum(
+                    each / row.acceptance_rate for each, row in zip(kept, adaptive, strict=True)
+                ) / len(adaptive)
+            seconds = language_model.round_seconds(len(rows), count, size) + reading * judged
             if gain / max(seconds, 1e-9) > best * 1.02:
                 best, chosen = gain / max(seconds, 1e-9), count
     return [_count(row, chosen, language_model.max_candidates) for row in rows]
