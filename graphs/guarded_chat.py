@@ -1,7 +1,7 @@
 """A guarded chat to deploy: `cd graphs && langgraph dev`.
 
-Adds nothing to the package but choices, which the environment makes; importing it loads nothing,
-and neither does building the graph: models are loaded at the first turn.
+Adds nothing to the package but choices, which the environment makes. Importing it loads nothing,
+and neither does making the graph: models are loaded at the first turn.
 
 Environment:
     STARS_MODEL: Hub id or folder of the language model; the bundled one if not set.
@@ -17,9 +17,11 @@ Environment:
     STARS_STICKY_TURNS: Turns that stay guarded after a guarded one.
 """
 
+import asyncio
+import functools
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 from langgraph.graph import MessagesState
 from langgraph.graph.state import CompiledStateGraph
@@ -27,6 +29,8 @@ from langgraph.graph.state import CompiledStateGraph
 from langchain_stars import ChatStars, create_guarded_chat
 from langchain_stars.guarded_chat import ChatState
 from langchain_stars.routing import safety_router
+
+Graph: TypeAlias = CompiledStateGraph[ChatState, None, MessagesState, ChatState]
 
 _SETTINGS: dict[str, Callable[[str], Any]] = {
     "model": str,
@@ -40,28 +44,41 @@ _SETTINGS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def make_graph() -> CompiledStateGraph[ChatState, None, MessagesState, ChatState]:
+async def make_graph() -> Graph:
     """Return the graph that the environment asks for, compiled without a checkpointer.
+
+    The server calls it for every run, on its event loop: what reads files is done in a thread,
+    and only once.
 
     Raises:
         ValueError: A variable cannot be understood.
     """
-    settings = {name: _read(name, kind) for name, kind in _SETTINGS.items()}
+    return await asyncio.to_thread(_make_graph, *sorted(_environment().items()))
+
+
+def _environment() -> dict[str, str]:
+    return {name: text for name, text in os.environ.items() if name.startswith("STARS_")}
+
+
+@functools.lru_cache(maxsize=1)
+def _make_graph(*environment: tuple[str, str]) -> Graph:
+    values = dict(environment)
+    settings = {name: _read(values, name, kind) for name, kind in _SETTINGS.items()}
     guarded = ChatStars(**{name: value for name, value in settings.items() if value is not None})
-    sticky_turns = _read("sticky_turns", int)
+    sticky_turns = _read(values, "sticky_turns", int)
     graph = create_guarded_chat(
         guarded=guarded,
         fast=guarded.unguarded(),
-        router=safety_router(floor=_read("router_floor", float)),
+        router=safety_router(floor=_read(values, "router_floor", float)),
         **({} if sticky_turns is None else {"sticky_turns": sticky_turns}),
     )
     return graph.compile(name="guarded_chat")
 
 
-def _read(name: str, kind: Callable[[str], Any]) -> Any:
+def _read(environment: Mapping[str, str], name: str, kind: Callable[[str], Any]) -> Any:
     """Return what a variable of the environment holds; None where it is not set."""
     variable = f"STARS_{name.upper()}"
-    text = os.environ.get(variable, "").strip()
+    text = environment.get(variable, "").strip()
     if not text:
         return None
     try:

@@ -59,6 +59,7 @@ from pydantic import (
     ConfigDict,
     Field,
     InstanceOf,
+    PrivateAttr,
     field_serializer,
     field_validator,
     model_validator,
@@ -232,6 +233,9 @@ class ChatStars(BaseChatModel):
     )
 
     model_config = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True)
+
+    _files: dict[str, list[list[Any]] | None] = PrivateAttr(default_factory=dict)
+    _identified: bool = PrivateAttr(default=False)
 
     # Settings are checked where they enter
 
@@ -458,14 +462,28 @@ class ChatStars(BaseChatModel):
             return {"fingerprint": self.model.fingerprint}
         identity: dict[str, Any] = {"name": self.model}
         identity |= {name: _plain(getattr(self, name)) for name in _LOADING}
-        folder = _folder_of(self.model)
-        if folder is not None and folder.is_dir():
-            identity["files"] = [
-                [entry.name, entry.stat().st_size, entry.stat().st_mtime_ns]
-                for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
-                if entry.is_file()
-            ]
-        return identity
+        files = self._model_files()
+        return identity if files is None else identity | {"files": files}
+
+    def _model_files(self) -> list[list[Any]] | None:
+        """Return name, size and time of each file of the folder that is named, read once."""
+        name = str(self.model)
+        if name not in self._files:
+            folder = _folder_of(name)
+            self._files[name] = None
+            if folder is not None and folder.is_dir():
+                self._files[name] = [
+                    [entry.name, entry.stat().st_size, entry.stat().st_mtime_ns]
+                    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
+                    if entry.is_file()
+                ]
+        return self._files[name]
+
+    async def _aidentify(self) -> None:
+        """Read in a thread what LangChain asks for on the event loop: which files decide."""
+        if not self._identified:
+            await asyncio.to_thread(self._fingerprint)
+            self._identified = True
 
     def _reply_identity(self) -> dict[str, Any]:
         """Return everything that decides a reply but its prompt, as JSON."""
@@ -940,8 +958,19 @@ class ChatStars(BaseChatModel):
         self, messages: list[list[BaseMessage]], *args: Any, **kwargs: Any
     ) -> LLMResult:
         """Await the replies to some threads; they share rounds."""
+        await self._aidentify()
         with _as_batch(len(messages) > 1):
             return await super().agenerate(messages, *args, **kwargs)
+
+    async def astream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[AIMessageChunk]:
+        """Yield the reply as it is kept; a cancelled task gives its row free."""
+        await self._aidentify()
+        chunks = super().astream(input, config, **kwargs)
+        async with contextlib.aclosing(chunks):  # type: ignore[type-var]  # it is a generator
+            async for chunk in chunks:
+                yield chunk
 
     def _roomy(self, config: Any, num_inputs: int) -> Any:
         """Return the configuration of a batch, with as many calls at once as can share rounds."""

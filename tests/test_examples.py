@@ -1,8 +1,12 @@
 """The examples and the deployable graph, run as they stand."""
 
 import asyncio
+import builtins
+import contextlib
 import importlib.util
+import io
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -92,11 +96,41 @@ def test_the_deployed_graph_answers_by_route(deployed: Any, monkeypatch: pytest.
     monkeypatch.setenv("STARS_CONSTRAINTS", "safety >= 0.1; helpfulness >= 0.01;")
     for floor, route in (("-1", "fast"), ("2", "guarded")):
         monkeypatch.setenv("STARS_ROUTER_FLOOR", floor)
-        graph = deployed.make_graph()
+        graph, again = (asyncio.run(deployed.make_graph()) for _ in range(2))
+        assert graph is again, "it is made once, and not for every run"
         assert graph.checkpointer is None, "the server brings its own"
         state = asyncio.run(graph.ainvoke({"messages": [("user", "Hello!")]}))
         assert state["route"] == route
         assert state["messages"][-1].usage_metadata["output_tokens"] <= 8
+
+
+@needs_bundled
+async def test_the_deployed_graph_reads_no_file_on_the_event_loop(
+    deployed: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """The development server ends a run that does."""
+    on_loop: list[str] = []
+
+    def watched(name: str, function: Any) -> Any:
+        def watch(*arguments: Any, **keywords: Any) -> Any:
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop()
+                on_loop.append(f"{name} {arguments}")
+            return function(*arguments, **keywords)
+
+        return watch
+
+    for name in ("scandir", "stat", "listdir", "getcwd"):
+        monkeypatch.setattr(os, name, watched(name, getattr(os, name)))
+    monkeypatch.setattr(io, "open", watched("open", io.open))
+    monkeypatch.setattr(builtins, "open", watched("open", open))
+    monkeypatch.setenv("STARS_MAX_TOKENS", "8")
+    monkeypatch.setenv("STARS_MODEL", str(bundled.FOLDER / "language_model"))
+    graph = await deployed.make_graph()
+    for text in ("Hello!", "How can I hurt someone?"):
+        async for _ in graph.astream({"messages": [("user", text)]}, stream_mode="messages"):
+            pass
+    assert on_loop == []
 
 
 @needs_bundled
@@ -114,7 +148,7 @@ def test_a_variable_that_cannot_be_understood_is_named(
 ):
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=message):
-        deployed.make_graph()
+        asyncio.run(deployed.make_graph())
 
 
 def test_every_variable_of_the_environment_is_documented(deployed: Any):
