@@ -21,6 +21,7 @@ MAX_FAILURES_IN_A_ROW = 3
 """Attempts whose rewards fail, one after the other, until the reply ends."""
 
 _MAX_TOKENS_AT_ONCE = 512
+_CHARACTERS_OF_A_TOKEN = 4
 _IDLE_SECONDS = 30.0
 
 
@@ -294,11 +295,7 @@ def _groups(inquiries: Sequence[Inquiry]) -> Generator[list[Inquiry], None, None
     group: list[Inquiry] = []
     num_tokens = 0
     for inquiry in inquiries:
-        request = inquiry.request
-        known = len(request.accepted.token_ids or ())
-        size = sum(
-            max(1, len(candidate.token_ids or ()) - known) for candidate in request.candidates
-        )
+        size = _num_tokens(inquiry.request)
         if group and num_tokens + size > _MAX_TOKENS_AT_ONCE:
             yield group
             group, num_tokens = [], 0
@@ -306,6 +303,16 @@ def _groups(inquiries: Sequence[Inquiry]) -> Generator[list[Inquiry], None, None
         num_tokens += size
     if group:
         yield group
+
+
+def _num_tokens(request: ScoreRequest) -> int:
+    """Return about how many tokens a request is; the first about a reply has its prompt too."""
+    known = len(request.accepted.token_ids or ())
+    size = sum(max(1, len(candidate.token_ids or ()) - known) for candidate in request.candidates)
+    if not request.accepted.text:
+        characters = sum(len(str(message.get("content"))) for message in request.subject.chat)
+        size += characters // _CHARACTERS_OF_A_TOKEN
+    return size
 
 
 def _ask_on_device(scorer: Scorer, inquiries: Sequence[Inquiry]) -> None:
