@@ -837,7 +837,7 @@ def _counts(language_model: LanguageModel, rows: Sequence[Row], *, lazy: bool) -
                     each / row.acceptance_rate for each, row in zip(kept, adaptive, strict=True)
                 ) / len(adaptive)
             seconds = language_model.round_seconds(len(rows), count, size) + reading * judged
-            if gain / max(seconds, 1e-9) > best * 1.02:
+            if gain / max(seconds, 1e-9) > best * 1.05:
                 best, chosen = gain / max(seconds, 1e-9), count
     return [_count(row, chosen, language_model.max_candidates) for row in rows]
 

@@ -5,6 +5,7 @@ nothing of rewards, thresholds or LangChain.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -965,14 +966,16 @@ def _interpolate(table: Mapping[int, float], queries: int) -> float:
 def _time_steps(drafter: Drafter) -> dict[int, float]:
     """Measure forward passes of a few sizes behind a short prefix, in seconds.
 
-    The shortest of several times counts: whatever else the machine does only adds to it.
+    The shortest of several times counts: whatever else the machine does only adds to it. On a CPU
+    the time is this thread's own, so that others who run meanwhile do not count.
     """
+    clock = time.thread_time if drafter.network.device.type == "cpu" else time.perf_counter
     steps = {queries: drafter.stepping(queries) for queries in _TIMED_QUERIES}
 
     def seconds(queries: int) -> float:
-        began = time.perf_counter()
+        began = clock()
         steps[queries]().tolist()  # waits for the device
-        return time.perf_counter() - began
+        return clock() - began
 
     began = time.perf_counter()
     seconds(1)
@@ -982,4 +985,5 @@ def _time_steps(drafter: Drafter) -> dict[int, float]:
     while time.perf_counter() - began < _TIMING_SECONDS:
         for queries, least in table.items():
             table[queries] = min(least, seconds(queries))
-    return table
+    longest = itertools.accumulate(table.values(), max)  # more tokens never take less
+    return dict(zip(table, longest, strict=True))
