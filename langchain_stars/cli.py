@@ -460,6 +460,7 @@ class _Painter:
         """Write a note right behind what was written; not where only the reply is wanted."""
         if self._screen.laid_out:
             self._add(text, style)
+            self._end_word()  # it is shown now, though the word may go on
 
     def end(self) -> None:
         """Write what is left, and end the line."""

@@ -120,8 +120,10 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
         reward: What is asked.
         floor: The reward below which a turn is guarded, in the reward's units.
         num_turns: Turns that are judged, at least 1.
-        max_characters: Most characters, at least 100, judged at once; longer messages are judged
-            in overlapping pieces of that length.
+        max_characters: Most characters, at least 100, judged at once.
+        piece_characters: Characters, at least 20, of the pieces in which longer messages are judged
+            too, each overlapping the one before by half: a sentence of a long message is noticed
+            that the message around it would hide.
         max_views: Most pieces of text judged for a thread, at least 1; a thread that needs more is
             guarded without asking.
         timeout: Seconds, above 0, to wait for the reward; None is no limit.
@@ -132,6 +134,7 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
         floor: The floor; the reward's own if not given.
         num_turns: See above.
         max_characters: See above.
+        piece_characters: See above.
         max_views: See above.
         timeout: See above.
         device: See above.
@@ -147,6 +150,7 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
         floor: float | None = None,
         num_turns: int = 3,
         max_characters: int = 2000,
+        piece_characters: int = 300,
         max_views: int = 64,
         timeout: float | None = 5.0,
         device: str | None = None,
@@ -163,6 +167,7 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
         for name, value, least in (
             ("num_turns", num_turns, 1),
             ("max_characters", max_characters, 100),
+            ("piece_characters", piece_characters, 20),
             ("max_views", max_views, 1),
         ):
             if value < least:
@@ -173,6 +178,7 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
         self.floor = float(floor)
         self.num_turns = num_turns
         self.max_characters = max_characters
+        self.piece_characters = piece_characters
         self.max_views = max_views
         self.timeout = timeout
         self.device = device
@@ -215,7 +221,12 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
 
     def _views(self, messages: Sequence[BaseMessage]) -> "list[Chat] | Decision":
         try:
-            chats = views(messages, num_turns=self.num_turns, max_characters=self.max_characters)
+            chats = views(
+                messages,
+                num_turns=self.num_turns,
+                max_characters=self.max_characters,
+                piece_characters=self.piece_characters,
+            )
         except UnreadableError:
             return Decision(route="guarded", reason="unreadable", floor=self.floor)
         if not chats:
@@ -422,14 +433,21 @@ class UnreadableError(ValueError):
     """A message holds something that is not text; says of which type it is, and no more."""
 
 
-def views(messages: Sequence[BaseMessage], *, num_turns: int, max_characters: int) -> list[Chat]:
+def views(
+    messages: Sequence[BaseMessage],
+    *,
+    num_turns: int,
+    max_characters: int,
+    piece_characters: int,
+) -> list[Chat]:
     """Return the chats, each to be judged with an empty reply, that show what a thread asks.
 
     Args:
         messages: The thread.
         num_turns: Turns from the end that are shown, at least 1. A turn begins at a human message
             that does not follow another.
-        max_characters: Most characters of a chat; what is longer is shown in overlapping pieces.
+        max_characters: Most characters of a chat; a message that is longer is shown in pieces.
+        piece_characters: Characters of pieces in which messages that are longer are shown too.
 
     Raises:
         UnreadableError: A message holds something that is not text.
@@ -442,8 +460,9 @@ def views(messages: Sequence[BaseMessage], *, num_turns: int, max_characters: in
         for turn in turns:
             texts = [plain(text) for role, text in turn if role == "user"]
             for text in (*texts, "\n\n".join(texts)):
-                for piece in _pieces(text.strip(), max_characters):
-                    chats[(("user", piece),)] = None
+                for length in (max_characters, piece_characters):
+                    for piece in _pieces(text.strip(), length):
+                        chats[(("user", piece),)] = None
     return [[{"role": role, "content": text} for role, text in chat] for chat in chats if chat]
 
 
@@ -519,14 +538,13 @@ def _last(parts: list[_Part], max_characters: int) -> list[tuple[_Part, ...]]:
     return [tuple(reversed(kept))] if len(kept) > 1 else []
 
 
-def _pieces(text: str, max_characters: int) -> list[str]:
+def _pieces(text: str, length: int) -> list[str]:
     """Return a text in pieces of which each overlaps the one before by half."""
     if not text:
         return []
-    step = max_characters // 2
+    step = length // 2
     return [
-        text[begin : begin + max_characters]
-        for begin in range(0, max(1, len(text) - max_characters + step), step)
+        text[begin : begin + length] for begin in range(0, max(1, len(text) - length + step), step)
     ]
 
 

@@ -268,7 +268,7 @@ def test_a_question_that_takes_several_turns_is_judged_as_a_conversation():
 
 
 def test_harmless_text_around_it_hides_nothing():
-    router = RewardRouter(as_reward(harmless), floor=0.999)
+    router = RewardRouter(as_reward(harmless), floor=0.99)
     chatter = "a word of no harm " * 5
     assert route(router, chatter).route == "fast"
     assert route(router, chatter, AIMessage(chatter), "bomb", chatter, chatter).route == "guarded"
@@ -325,7 +325,7 @@ def test_what_is_not_text_is_doubt(router: RewardRouter):
 
 
 def test_more_text_than_is_judged_is_doubt(router: RewardRouter):
-    long = RewardRouter(as_reward(words), floor=0.5, max_characters=100, max_views=8)
+    long = RewardRouter(as_reward(words), floor=0.5, max_characters=100, max_views=24)
     assert route(long, "a " * 150).route == "fast"
     assert route(long, " ".join(map(str, range(1000)))).reason == "unreadable"
 
@@ -411,11 +411,16 @@ def test_ordinary_text_in_any_language_is_judged_once(text: str):
 
 def test_every_character_of_a_long_message_is_in_some_view():
     text = "".join(f"{index:05d}" for index in range(3000))
-    chats = views([HumanMessage(text)], num_turns=1, max_characters=1000)
+    chats = views([HumanMessage(text)], num_turns=1, max_characters=1000, piece_characters=300)
     pieces = [chat[0]["content"] for chat in chats]
     assert all(len(piece) <= 1000 for piece in pieces)
-    for begin in range(0, len(text) - 500, 100):
-        assert any(text[begin : begin + 500] in piece for piece in pieces)
+    for length, least in ((500, 0), (150, 301)):
+        for begin in range(0, len(text) - length, 50):
+            assert any(
+                text[begin : begin + length] in piece
+                for piece in pieces
+                if not least or len(piece) < least
+            )
 
 
 def test_the_whole_thread_is_shown_with_roles_in_turns():
@@ -426,7 +431,7 @@ def test_the_whole_thread_is_shown_with_roles_in_turns():
         HumanMessage("Three"),
         HumanMessage("Four"),
     ]
-    chats = views(thread, num_turns=2, max_characters=1000)
+    chats = views(thread, num_turns=2, max_characters=1000, piece_characters=300)
     assert [
         {"role": "user", "content": "One"},
         {"role": "assistant", "content": "Two"},
@@ -444,6 +449,7 @@ def test_the_whole_thread_is_shown_with_roles_in_turns():
         ({"floor": math.nan}, "`floor` must be finite, got nan"),
         ({"floor": 0.5, "num_turns": 0}, "`num_turns` must be at least 1, got 0"),
         ({"floor": 0.5, "max_characters": 99}, "`max_characters` must be at least 100, got 99"),
+        ({"floor": 0.5, "piece_characters": 19}, "`piece_characters` must be at least 20, got 19"),
         ({"floor": 0.5, "max_views": 0}, "`max_views` must be at least 1, got 0"),
         ({"floor": 0.5, "timeout": 0}, "`timeout` must be above 0, got 0"),
     ],
