@@ -49,17 +49,38 @@ def encode_chat(
 ) -> list[int]:
     """Return the token ids of a chat by the tokenizer's own template.
 
-    Only the control tokens that the template writes are encoded as such.
+    Only the control tokens that the template writes are encoded as such. Those that messages and
+    tools spell are text, in the keys of a call's arguments as well.
     """
+    controls = _controls(tokenizer)
     encoded = tokenizer.apply_chat_template(
-        [dict(message) for message in chat],
-        tools=[dict(tool) for tool in tools] if tools else None,
+        [_with_marked_keys(message, controls) for message in chat],
+        tools=[_with_marked_keys(tool, controls) for tool in tools] if tools else None,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
         sanitize_control_tokens=True,
         return_dict=True,
     )
     return list(encoded["input_ids"])
+
+
+def _with_marked_keys(value: Any, controls: "re.Pattern[str]") -> Any:
+    """Return a copy of messages or tools in which the keys' control tokens are marked as text.
+
+    `apply_chat_template` marks those in values, and leaves keys as they are.
+    """
+    from transformers.utils.chat_template_utils import mark_control_tokens
+
+    if isinstance(value, Mapping):
+        return {
+            mark_control_tokens(key, controls) if isinstance(key, str) else key: _with_marked_keys(
+                part, controls
+            )
+            for key, part in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_with_marked_keys(part, controls) for part in value]
+    return value
 
 
 class TextEncoder:
@@ -138,16 +159,27 @@ class TextEncoder:
         return [list(next(encoded)) if text else [] for text in texts]
 
 
+def _controls(tokenizer: Any) -> "re.Pattern[str]":
+    """Return what matches the tokens that text must not spell: special or written by templates."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return _any_of([*special, *_written_by_templates(tokenizer)])
+
+
 def _ordinary_controls(tokenizer: Any) -> "re.Pattern[str] | None":
     """Return what matches the tokens that a template writes and that are not marked as special.
 
     A tokenizer can be told to leave special tokens in a text alone, but not these.
     """
+    controls = _written_by_templates(tokenizer)
+    return _any_of(controls) if controls else None
+
+
+def _written_by_templates(tokenizer: Any) -> list[str]:
     template = getattr(tokenizer, "chat_template", None)
     if not template:
-        return None
+        return []
     written = template if isinstance(template, str) else "".join(template.values())
-    controls = [
+    return [
         token.content
         for token in tokenizer.added_tokens_decoder.values()
         if not token.special
@@ -155,7 +187,8 @@ def _ordinary_controls(tokenizer: Any) -> "re.Pattern[str] | None":
         and token.content in written
         and not token.content.isspace()
     ]
-    if not controls:
-        return None
-    longest_first = sorted(controls, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+
+def _any_of(tokens: Sequence[str]) -> "re.Pattern[str]":
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
