@@ -355,8 +355,8 @@ class Row:
 
     @property
     def acceptance_rate(self) -> float:
-        """Share of attempts accepted so far, in (0, 1); two of three before the first."""
-        return (self._num_accepted + 1.0) / (self._num_judged + 1.5)
+        """Share of attempts accepted so far, in (0, 1); three of four before the first."""
+        return (self._num_accepted + 1.5) / (self._num_judged + 2.0)
 
     @property
     def size(self) -> int:
