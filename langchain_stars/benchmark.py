@@ -17,6 +17,7 @@ import random
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,12 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+)
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+    tqdm,
 )
 
 from langchain_stars.acceptance import Acceptance, Constant, expected_accepted
@@ -449,16 +456,16 @@ class Bench:
         shape = shape or self.scale.reward
         if shape not in self._classifiers:
             folder = self._folder / f"reward{len(self._classifiers)}"
-            self._make(LlamaForSequenceClassification, shape, 1, num_labels=1).save_pretrained(
-                folder
-            )
-            self.tokenizer.save_pretrained(folder)
+            model = self._make(LlamaForSequenceClassification, shape, 1, num_labels=1)
             own, its = self.scale.language_model, shape
             cost = its.num_layer_parameters / own.num_streamed_parameters
             self._classifiers[shape] = SequenceClassifier(
                 folder, device=self.scale.device, cost=cost
             )
-            self._classifiers[shape].load()
+            with _without_bars():
+                model.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
+                self._classifiers[shape].load()
         return self._classifiers[shape]
 
     def prompt(self, number: int, length: int | None = None) -> _Prompt:
@@ -1925,6 +1932,18 @@ def _drafted(samples: Sequence[Sample]) -> str:
 
 
 @contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the progress bars of transformers from the screen."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the logs of a peer out of the table."""
     loggers = [logging.getLogger(name) for name in ("transformers", "ContinuousBatchingLogger")]
@@ -2078,12 +2097,21 @@ def draw(results: Results, path: str | os.PathLike[str]) -> None:
     """
     rows = [row for row in results.rows if row.value is not None and row.gate]
     num_lines = -(-len(results.curves) // 2)
-    height = 0.32 * max(len(rows), 1) + 4.2 * num_lines + 1.6
-    figure = _figure()(figsize=(12, height), layout="constrained")
-    grid = figure.add_gridspec(
-        1 + num_lines, 2, height_ratios=[0.32 * max(len(rows), 1) + 1, *([4.2] * num_lines)]
-    )
-    axes = figure.add_subplot(grid[0, :])
+    heights = [0.3 * max(len(rows), 1) + 1.4, *([4.6 * num_lines] if num_lines else [])]
+    figure = _figure()(figsize=(13, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    _draw_ratios(parts[0].subplots(), rows, results.about.get("machine", ""))
+    if num_lines:
+        panels = parts[1].subplots(num_lines, 2, squeeze=False).flat
+        for axes, curve in itertools.zip_longest(panels, results.curves):
+            if curve is None:
+                axes.set_axis_off()
+            else:
+                _draw_curve(axes, curve)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_ratios(axes: Any, rows: Sequence[Result], title: str) -> None:
     for at, row in enumerate(reversed(rows)):
         assert row.value is not None
         bound = float(row.gate.split()[1]) or 1.0
@@ -2097,20 +2125,21 @@ def draw(results: Results, path: str | os.PathLike[str]) -> None:
     )
     axes.axvline(1.0, color="gray", linewidth=0.8)
     axes.set_xlabel("value / gate (bar: spread; stroke: what the machine allows)")
-    axes.set_title(results.about.get("machine", ""), fontsize=9)
-    for at, curve in enumerate(results.curves):
-        axes = figure.add_subplot(grid[1 + at // 2, at % 2])
-        for name, points in curve.lines.items():
-            axes.plot(*zip(*points, strict=True), "o-", label=name)
-        axes.set_xscale("log", base=2)
-        axes.set_ylim(bottom=0)
-        places = sorted({x for points in curve.lines.values() for x, _ in points})
-        axes.set_xticks(places, [_number(x) for x in places])
-        axes.set_xlabel(curve.x)
-        axes.set_ylabel(curve.y)
-        axes.set_title(f"{curve.title}\n{_wrapped(curve.why)}", fontsize=9)
-        axes.legend()
-    figure.savefig(path, dpi=120)
+    axes.set_title(title, fontsize=9)
+
+
+def _draw_curve(axes: Any, curve: Curve) -> None:
+    for name, points in curve.lines.items():
+        axes.plot(*zip(*points, strict=True), "o-", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    places = sorted({x for points in curve.lines.values() for x, _ in points})
+    axes.set_xticks(places, [_number(x) for x in places])
+    axes.minorticks_off()
+    axes.set_xlabel(curve.x)
+    axes.set_ylabel(curve.y)
+    axes.set_title("\n".join([curve.title, *textwrap.wrap(curve.why, 78)]), fontsize=9)
+    axes.legend()
 
 
 def _figure() -> Any:
@@ -2122,12 +2151,6 @@ def _figure() -> Any:
             'matplotlib is needed for the picture: pip install "langchain-stars[benchmark]"'
         ) from error
     return Figure
-
-
-def _wrapped(sentence: str) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(sentence, 80))
 
 
 # The command
@@ -2165,8 +2188,6 @@ def main(
 
 def _bar(name: str, count: int) -> Callable[[], None]:
     """Show a progress bar on standard error; a terminal only."""
-    from transformers.utils.logging import tqdm
-
     bar = tqdm(total=count, desc=name, leave=False, disable=None)
 
     def step() -> None:
