@@ -10,11 +10,14 @@ Source:
     drafting one at a time, is ours.
 """
 
+import itertools
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from functools import partial
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from langchain_stars.acceptance import Acceptance, expected_accepted, floor_holds
 from langchain_stars.judging import MAX_FAILURES_IN_A_ROW, Inquiry, Workers, judging
@@ -44,9 +47,15 @@ Outcome: TypeAlias = Literal["accepted", "fallback", "unguarded"]
 FinishReason: TypeAlias = Literal["stop", "length", "refusal"]
 """Why a reply ended: by itself or at a stop string, at `max_tokens`, or for want of a segment."""
 
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 _MANY_TOKENS = 256
 
 DEFAULT_REFUSAL = "I'm sorry, but I can't help with that."
+
+
+class ReplyFailedError(RuntimeError):
+    """One reply cannot go on, for a reason of its own. Carries a type, never anybody's words."""
 
 
 class GuardExhausted(RuntimeError):
@@ -169,7 +178,7 @@ class Segment:
     Attributes:
         index: Its place in the reply, from 0.
         num_tokens: Tokens kept.
-        attempts: Number of the attempt that was kept, or of all attempts before a fallback.
+        attempts: Attempts judged for it, the one that was kept among them.
         reward: Objective of the reply up to its end, in reward units; None without an objective.
         threshold: What was asked; None without an objective.
         outcome: `"accepted"`, `"fallback"` or `"unguarded"`.
@@ -340,6 +349,10 @@ class Row:
         self._num_failures = 0
 
     # Drafting
+
+    def prepare(self) -> bool:
+        """Fix the threshold of the next segment, before anything of it is drafted."""
+        return self._current is not None
 
     @property
     def wants_prompt_reward(self) -> bool:
@@ -542,7 +555,10 @@ class Row:
             self._end_exhausted()
             return
         u = fallback_uniform(
-            seed=self._seed, segment=visit.index, attempt=self._last_number[visit.index]
+            seed=self._seed,
+            segment=visit.index,
+            attempt=self._last_number[visit.index],
+            draw=self._num_takebacks,
         )
         pool = sorted(visit.pool, key=lambda judged: judged.number)
         judged = pool[acceptance.choose_from_pool([judged.reward for judged in pool], u)]
@@ -553,15 +569,21 @@ class Row:
     def _take_back(self) -> None:
         """Restore the reply to before the first segment that is not shown yet."""
         self._num_takebacks += 1
-        for kept in self._held:
-            self._num_rejected += kept.attempt.num_drawn
+        self._discard_held()
         first = self._held[0]
-        first.visit.pool.append(first.attempt)
+        if first.segment.outcome == "accepted":  # a fallback is in the pool already
+            first.visit.pool.append(first.attempt)
         self._segments = self._segments[: first.visit.index]
         self._held = []
         self._text = first.visit.before
         self.prefix.token_ids = self._text.token_ids
         self._visit = first.visit
+
+    def _discard_held(self) -> None:
+        """Count the segments that are held as never kept."""
+        for kept in self._held:
+            self._num_rejected += kept.attempt.num_drawn
+            self._num_fallbacks -= kept.segment.outcome == "fallback"
 
     def _keep(self, judged: _Judged, outcome: Outcome) -> None:
         policy, visit = self._guard, self._current
@@ -603,11 +625,10 @@ class Row:
 
     def _end(self, reason: FinishReason) -> None:
         """Show what is left and report."""
-        not_told = [kept.segment for kept in self._held] or self._segments[-1:]
-        self._held = []
-        for segment in not_told[:-1]:
-            self._show(self._shown, segment)
-        self._show(self._text.text, not_told[-1])
+        held, self._held = self._held, []
+        for kept, follower in itertools.pairwise(held):
+            self._show(follower.visit.before.showable(self._stop), kept.segment)
+        self._show(self._text.text, self._segments[-1])
         self._report(reason)
 
     def _end_exhausted(self) -> None:
@@ -623,8 +644,7 @@ class Row:
                 )
             )
             return
-        for kept in self._held:
-            self._num_rejected += kept.attempt.num_drawn
+        self._discard_held()
         if self._held:
             first = self._held[0].visit
             self._segments = self._segments[: first.index]
@@ -682,7 +702,19 @@ class Row:
         """Keep what was drawn: an unguarded reply takes whatever comes."""
         visit = self._current
         visit.attempts += 1
-        text = self._extend(candidate)
+        if not self._streamed:
+            text = self._extend(candidate)
+        else:  # goes on from what has been shown token by token
+            ids = (*visit.before.token_ids, *candidate.token_ids)
+            text = self._live
+            if not text.finished:
+                text = text.extended(
+                    ids[len(text.token_ids) :],
+                    decode=self._decode,
+                    stop=self._stop,
+                    finished=candidate.finished,
+                    final=len(ids) >= self._max_tokens,
+                )
         self._segments.append(
             Segment(
                 index=visit.index,
@@ -733,8 +765,9 @@ def advance(
             [row.ask_about_prompt() for row in starting], workers=workers, notify=notify
         )
         for row in starting:
-            settle(row)
+            _alone(row, partial(settle, row))
     ready = [row for row in rows if row.inquiry is None and not row.ended]
+    ready = [row for row in ready if _alone(row, row.prepare)]
     if not ready:
         return
     behind = min(row.num_segments for row in ready)
@@ -751,17 +784,22 @@ def advance(
                 break
             for row, token_id in zip(ready, tokens, strict=False):
                 if token_id is not None:
-                    row.feed(token_id)
+                    _alone(row, partial(row.feed, token_id))
             yield
     finally:
         drafting.close()
     undecided: list[tuple[Row, list[Candidate]]] = []
-    for row, candidates in zip(ready, proposals, strict=True):
+    for row, count, candidates in zip(ready, counts, proposals, strict=True):
+        if row.ended:
+            continue
+        if len(candidates) != count or not all(each.num_drawn for each in candidates):
+            row.fail(ReplyFailedError("the language model drew nothing"))
+            continue
         row.count_drafted(candidates)
         if barrier and row.num_segments > behind:
             continue
         if row.policy is None:
-            row.take(candidates[0])
+            _alone(row, partial(row.take, candidates[0]))
         else:
             undecided.append((row, candidates))
     lazy = lazy and _waves_pay(language_model, [row for row, _ in undecided])
@@ -772,13 +810,26 @@ def advance(
             else (row, candidates, [])
             for row, candidates in undecided
         ]
-        inquiries = [row.ask_about(candidates) for row, candidates, _ in waves]
+        inquiries = [
+            inquiry
+            for row, candidates, _ in waves
+            if (inquiry := _alone(row, partial(row.ask_about, candidates))) is not None
+        ]
         yield from judging(inquiries, workers=workers, notify=notify)
         undecided = []
         for row, _, rest in waves:
-            settle(row)
+            _alone(row, partial(settle, row))
             if rest and row.awaits(rest[0]):
                 undecided.append((row, rest))
+
+
+def _alone(row: Row, work: Callable[[], _T]) -> _T | None:
+    """Do one row's own work; where it fails, that row ends and the others go on."""
+    try:
+        return work()
+    except Exception as error:
+        row.fail(ReplyFailedError(f"the reply failed: {type(error).__name__}"))
+        return None
 
 
 def settle(row: Row) -> bool:
@@ -866,10 +917,11 @@ def _completion(text: Text) -> Completion:
 
 
 def combine(reward: Reward, values: dict[Leaf, float]) -> float | None:
-    """Return a reward's value; None where the arithmetic fails or leaves the finite numbers."""
+    """Return a reward's value; None where it fails or is no finite number."""
     try:
         value = float(reward.combine(values))
-    except (ArithmeticError, ValueError):
+    except Exception as error:  # a reward of somebody else's may fail in any way
+        _log.warning("reward %s failed: %s", reward.name, type(error).__name__)
         return None
     return value if math.isfinite(value) else None
 

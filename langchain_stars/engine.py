@@ -16,9 +16,19 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
-from langchain_stars.decoder import Delta, Event, Policy, Report, Row, advance, combine, settle
+from langchain_stars.decoder import (
+    Delta,
+    Event,
+    Policy,
+    ReplyFailedError,
+    Report,
+    Row,
+    advance,
+    combine,
+    settle,
+)
 from langchain_stars.judging import Inquiry, Workers, judging
 from langchain_stars.language_models.base import LanguageModel, Prefix, Sampling
 from langchain_stars.randomness import new_seed
@@ -32,6 +42,7 @@ from langchain_stars.rewards.base import (
 )
 
 _log = logging.getLogger(__name__)
+_Of = TypeVar("_Of")
 
 Priority: TypeAlias = Literal["interactive", "batch"]
 """Whose work goes first: somebody's who waits for one reply, or a batch's."""
@@ -149,6 +160,8 @@ class Reply:
         if isinstance(event, Report):
             self.report = event
             return None
+        if isinstance(event, ReplyFailedError):
+            event = EngineError(str(event))
         raise event from None
 
     @property
@@ -275,7 +288,7 @@ class _Question:
         for inquiry in self.inquiries:
             inquiry.cancel()
             for scorer in inquiry.scorers:
-                scorer.release(inquiry.request.subject)
+                _release(scorer.release, inquiry.request.subject)
 
 
 @dataclass(slots=True)
@@ -493,6 +506,19 @@ class Engine:
     # What the thread does
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # nobody may wait for a thread that is gone
+            _log.critical("the engine %s ended: %s", self.name, type(error).__name__)
+        with self._changed:
+            self._closed = True
+            arrivals, self._arrivals = self._arrivals, deque()
+        for reply in arrivals:
+            self._lane_of(reply.order).waiting.append(reply)
+        self._end_all()
+
+    def _serve(self) -> None:
+        """Run rounds until the engine is closed."""
         while True:
             with self._changed:
                 if not self._closed and not self._arrivals and not self._woken:
@@ -501,14 +527,12 @@ class Engine:
                         self._changed.wait(None if pause == math.inf else pause)
                 if not self._lanes:
                     self._gather()
-                closed = self._closed
+                if self._closed:
+                    return
                 arrivals, self._arrivals = self._arrivals, deque()
                 self._woken = False
             for reply in arrivals:
                 self._lane_of(reply.order).waiting.append(reply)
-            if closed:
-                self._end_all()
-                return
             for lane in self._lanes:
                 try:
                     self._tend(lane)
@@ -616,8 +640,13 @@ class Engine:
         lane.num_rows = self._num_rows(lane.language_model)
         room = lane.num_rows - len(lane.seats)
         while lane.waiting and room > 0:
-            self._admit(lane, lane.waiting.popleft())
-            room -= 1
+            reply = lane.waiting.popleft()
+            try:
+                self._admit(lane, reply)
+                room -= 1
+            except Exception as error:
+                self._leave(reply)
+                reply.tell(_failure(error))
         lane.in_round = [seat for seat in lane.seats if seat.row.inquiry is None]
         if lane.in_round:
             lane.round = advance(
@@ -690,14 +719,17 @@ class Engine:
         """Wait a moment for quick rewards in workers, so that their rows do not miss a round."""
         end = time.monotonic() + _GRACE_SECONDS
         open_seats = [seat for seat in lane.seats if seat.row.inquiry is not None]
+        woken = False
         while open_seats and time.monotonic() < end:
             with self._changed:
                 if not self._woken:
                     self._changed.wait(_GRACE_SECONDS)
-                self._woken = False
+                woken, self._woken = woken or self._woken, False
             for seat in open_seats:
                 self._settle(seat)
             open_seats = [seat for seat in open_seats if seat.row.inquiry is not None]
+        if woken:  # it may have been for another lane
+            self.wake()
         self._dismiss(lane)
 
     def _fail(self, lane: _Lane, error: Exception, seats: Sequence[_Seat]) -> None:
@@ -728,9 +760,9 @@ class Engine:
             self._leave(seat.reply)
             if row.inquiry is not None:
                 row.inquiry.cancel()
-            lane.language_model.release(row.prefix)
+            _release(lane.language_model.release, row.prefix)
             for scorer in row.policy.scorers if row.policy else ():
-                scorer.release(row.subject)
+                _release(scorer.release, row.subject)
         lane.seats = staying
 
     def _end_all(self) -> None:
@@ -753,6 +785,15 @@ class Engine:
         self._asked = []
         for question in questions:
             question.fail(EngineClosedError("the engine was shut down"))
+
+
+def _release(release: Callable[[_Of], None], of: _Of) -> None:
+    """Have what was computed for a reply dropped; what fails there harms nobody's reply."""
+    try:
+        release(of)
+    except Exception as error:
+        name = getattr(release, "__qualname__", type(release).__name__)
+        _log.error("%s failed: %s", name, type(error).__name__)
 
 
 def _unanswered(timeout: float | None) -> DeadlineExceededError:

@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 
@@ -23,33 +23,41 @@ MAX_FAILURES_IN_A_ROW = 3
 _MAX_TOKENS_AT_ONCE = 512
 _CHARACTERS_OF_A_TOKEN = 4
 _IDLE_SECONDS = 30.0
+_LONGEST_SECONDS = 3600.0
 
 
 class Workers:
     """Threads that call rewards which do not run on the device.
 
     A call that outlives its deadline is abandoned: its thread cannot be stopped, so it is counted
-    until it returns, and beyond `max_hung` of them no further call is begun.
+    until it returns. Of a scorer with `max_hung` of them no further call is begun; the other
+    scorers' calls go on, until `max_threads` are spent.
 
     Attributes:
-        max_workers: Most calls at once.
-        max_hung: Most abandoned calls that still run.
-        num_hung: Abandoned calls that still run.
+        max_workers: Most calls at once, abandoned ones left aside.
+        max_hung: Abandoned calls of one scorer that still run, from which on it is not called.
+        max_threads: Most threads.
     """
 
-    def __init__(self, *, max_workers: int = 32, max_hung: int = 32) -> None:
+    def __init__(self, *, max_workers: int = 32, max_hung: int = 8, max_threads: int = 256) -> None:
         self.max_workers = max_workers
         self.max_hung = max_hung
-        self.num_hung = 0
+        self.max_threads = max_threads
+        self._hung: Counter[Scorer] = Counter()
         self._changed = threading.Condition()
         self._tasks: deque[_Task] = deque()
         self._num_idle = 0
         self._num_threads = 0
 
+    @property
+    def num_hung(self) -> int:
+        """Abandoned calls that still run."""
+        return self._hung.total()
+
     def submit(self, task: "_Task") -> None:
         """Have a thread run `task`; raise RewardError where too many calls hang."""
         with self._changed:
-            if self.num_hung >= self.max_hung:
+            if self._hung[task.scorer] >= self.max_hung or self.num_hung >= self.max_threads:
                 raise RewardError(f"{self.num_hung} calls of rewards hang; no further one is begun")
             self._tasks.append(task)
             self._changed.notify()
@@ -61,13 +69,17 @@ class Workers:
             if not task.done and not task.abandoned:
                 task.abandoned = True
                 if task.started is not None:
-                    self.num_hung += 1
+                    self._hung[task.scorer] += 1
                     self._add_thread()
 
     def _add_thread(self) -> None:
         """Start a thread where more tasks wait than threads, within the limit; under the lock."""
         busy = self._num_threads - self.num_hung
-        if len(self._tasks) > self._num_idle and busy < self.max_workers:
+        if (
+            len(self._tasks) > self._num_idle
+            and busy < self.max_workers
+            and self._num_threads < self.max_threads
+        ):
             self._num_threads += 1
             threading.Thread(target=self._work, name="stars-reward", daemon=True).start()
 
@@ -78,7 +90,8 @@ class Workers:
                 task.done = True
                 hung = task.abandoned
                 if hung:
-                    self.num_hung -= 1
+                    self._hung[task.scorer] -= 1
+                    self._hung += Counter()  # forgets scorers without any
             if not hung:
                 task.notify()
 
@@ -106,6 +119,7 @@ class _Task:
         self.scorer = scorer
         self.request = request
         self.notify = notify
+        self.created = time.monotonic()
         self.started: float | None = None
         self.done = False
         self.abandoned = False
@@ -205,7 +219,7 @@ class _Call:
         self._scorer = scorer
         self._workers = workers
         self._notify = notify
-        self._timeout = math.inf if timeout is None else timeout
+        self._timeout = _LONGEST_SECONDS if timeout is None else timeout
         self._answers: list[Raw | None] = []
         self._alone = len(inquiry.request.candidates) == 1
         self._failed_in_a_row = 0
@@ -243,6 +257,12 @@ class _Call:
             elif task.started is not None and time.monotonic() >= task.started + self._timeout:
                 self._workers.abandon(task)
                 answers, failure = None, "timeout"
+            elif (
+                task.started is None
+                and time.monotonic() >= task.created + self._timeout + _IDLE_SECONDS
+            ):
+                self._workers.abandon(task)
+                answers, failure = None, "no free worker"
             else:
                 return False
             if answers is None:
@@ -322,7 +342,7 @@ def _ask_on_device(scorer: Scorer, inquiries: Sequence[Inquiry]) -> None:
             raise RewardError(f"answered {len(answers)} of {len(inquiries)} requests")
         for inquiry, of_request in zip(inquiries, answers, strict=True):
             _check_count(len(of_request), inquiry.request)
-    except Exception as error:
+    except BaseException as error:  # whatever it raises, the engine's thread goes on
         _log.warning("reward %s failed: %s", _name(scorer), type(error).__name__)
     else:
         for inquiry, of_request in zip(inquiries, answers, strict=True):

@@ -54,6 +54,10 @@ def acceptance_uniform(*, seed: int, segment: int, attempt: int) -> float:
     return uniforms(b"accept", 1, seed, segment, attempt)[0]
 
 
-def fallback_uniform(*, seed: int, segment: int, attempt: int) -> float:
-    """Return the number, in (0, 1], that draws from the pool once `attempt` attempts are spent."""
-    return uniforms(b"fallback", 1, seed, segment, attempt)[0]
+def fallback_uniform(*, seed: int, segment: int, attempt: int, draw: int = 0) -> float:
+    """Return the number, in (0, 1], that draws from the pool once `attempt` attempts are spent.
+
+    Where the segment is taken back and nothing else is left for it, the pool is drawn from anew:
+    `draw` tells the draws apart.
+    """
+    return uniforms(b"fallback", draw + 1, seed, segment, attempt)[draw]

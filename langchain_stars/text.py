@@ -80,20 +80,36 @@ class Text:
 
     def _decoded(self, token_ids: Sequence[int], decode: Decode, *, flush: bool) -> "Text":
         ids = self.token_ids + tuple(token_ids)
-        before = decode(ids[self._window : self._read]) if self._read > self._window else ""
-        after = decode(ids[self._window :])[len(before) :]
+        settled, window, read = self._settled, self._window, self._read
+        after = _behind(decode, ids, window, read)
+        if after.endswith(_REPLACEMENT * 2):
+            # A decoder may write a whole run of bytes as U+FFFD where only its last character is
+            # incomplete: what is complete without the last bytes is settled first.
+            for end in range(len(ids) - 1, max(read, len(ids) - 1 - _MAX_INCOMPLETE), -1):
+                shorter = _behind(decode, ids[:end], window, read)
+                if shorter and not shorter.endswith(_REPLACEMENT):
+                    settled, window, read = settled + shorter, read, end
+                    after = _behind(decode, ids, window, read)
+                    break
         complete = after.rstrip(_REPLACEMENT)
         complete = after[: max(len(complete), len(after) - _MAX_INCOMPLETE)]
         if flush or len(complete) == len(after):
-            settled = self._settled + after
+            settled += after
             return Text(
                 token_ids=ids,
                 text=settled,
                 _settled=settled,
-                _window=self._read if token_ids else self._window,
+                _window=read if len(ids) > read else window,
                 _read=len(ids),
             )
-        return replace(self, token_ids=ids, text=self._settled + complete, exact=False)
+        return Text(
+            token_ids=ids,
+            text=settled + complete,
+            exact=False,
+            _settled=settled,
+            _window=window,
+            _read=read,
+        )
 
     def showable(self, stop: Sequence[str] = ()) -> str:
         """Return what may be shown: all, but for a possible beginning of a stop string."""
@@ -106,6 +122,13 @@ class Text:
                     held = length
                     break
         return self.text[: len(self.text) - held]
+
+
+def _behind(decode: Decode, token_ids: tuple[int, ...], window: int, read: int) -> str:
+    """Return the text of the tokens from `read` on, decoded with those from `window` before them."""
+    before = decode(token_ids[window:read]) if read > window else ""
+    whole = decode(token_ids[window:])
+    return whole[len(before) :] if whole.startswith(before) else decode(token_ids[read:])
 
 
 def _find_stop(text: str, stop: Sequence[str], *, start: int) -> tuple[int, int] | None:

@@ -10,7 +10,16 @@ import pytest
 from test_decoder_law import MAX_TOKENS, SEGMENT_SIZE, decode, policy, script, value
 
 from langchain_stars.acceptance import Acceptance, Constant, Linear
-from langchain_stars.decoder import Delta, GuardExhausted, Policy, Report, Row, advance, settle
+from langchain_stars.decoder import (
+    Delta,
+    GuardExhausted,
+    Policy,
+    ReplyFailedError,
+    Report,
+    Row,
+    advance,
+    settle,
+)
 from langchain_stars.judging import Workers
 from langchain_stars.language_models.base import Prefix, Sampling
 from langchain_stars.rewards.base import Subject
@@ -339,7 +348,7 @@ def test_rewards_in_workers_give_the_replies_that_rewards_on_the_device_give() -
 def test_what_is_held_back_is_not_shown_before_its_followers_are_accepted() -> None:
     flat = TableReward(lambda text: 0.0)
     deltas, _ = reply(guard(flat, holdback=2), certain(*"abcde"), max_tokens=5)
-    assert [delta.text for delta in deltas] == ["a", "b", "", "", "cde"]
+    assert [delta.text for delta in deltas] == ["a", "b", "c", "d", "e"]
     assert [delta.segment.index for delta in deltas if delta.segment] == [0, 1, 2, 3, 4]
 
 
@@ -430,3 +439,84 @@ def test_deltas_of_an_unguarded_reply_come_token_by_token_and_add_up() -> None:
     assert [delta.text for delta in deltas if delta.text] == ["a", "€", "ENb"]
     assert isinstance(report, Report)
     assert report.finish_reason == "stop"
+
+
+# What goes wrong in one reply
+
+
+def test_taking_back_a_fallback_leaves_the_pool_as_it_was() -> None:
+    """Each attempt is in the pool once, so that the second draw has the weights of the rule."""
+    pools: list[list[int]] = []
+    take = Row._take_back
+
+    def spy(row: Row) -> None:
+        take(row)
+        assert row._visit is not None
+        pools.append([judged.number for judged in row._visit.pool])
+
+    def reward(text: str) -> float:
+        return -float(len(text))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Row, "_take_back", spy)
+        guarded = guard(
+            TableReward(reward), target=1.0, beta=1.0, holdback=1, max_attempts=3, count=1
+        )
+        for seed in range(10):
+            _, report = reply(guarded, lambda text: {"a": 0.5, "b": 0.5}, seed=seed)
+            assert isinstance(report, Report)
+            assert report.num_fallbacks == len(report.segments)
+    assert pools
+    assert all(len(pool) == len(set(pool)) for pool in pools)
+
+
+class Silent(ScriptedLanguageModel):
+    """Draws nothing for one of its rows."""
+
+    def drafting(self, requests: Any) -> Any:
+        proposals = yield from super().drafting(requests)
+        return [
+            [dataclasses.replace(one, token_ids=(), finished=False) for one in candidates]
+            if request.seed == 1
+            else candidates
+            for request, candidates in zip(requests, proposals, strict=True)
+        ]
+
+
+def test_a_row_that_nothing_is_drawn_for_fails_alone() -> None:
+    replies = decode(None, range(3), model=Silent(script))
+    expected = decode(None, range(3))
+    assert isinstance(replies[1][1], ReplyFailedError)
+    assert [replies[0], replies[2]] == [expected[0], expected[2]]
+
+
+def test_a_schedule_or_a_reward_that_breaks_ends_its_own_reply_only() -> None:
+    class Broken(Constant):
+        def threshold(self, num_tokens: int, prompt_reward: float | None) -> float:
+            raise KeyError("somebody's words")
+
+    events: dict[int, list[Any]] = {0: [], 1: []}
+    model = ScriptedLanguageModel(script)
+    flat = TableReward(lambda text: 0.0)
+    rows = [
+        Row(
+            prefix=Prefix([10]),
+            subject=Subject(()),
+            policy=Policy(
+                objective=flat, acceptance=Acceptance(schedule=schedule), segment_size=SEGMENT_SIZE
+            ),
+            sampling=Sampling(),
+            seed=5,
+            max_tokens=MAX_TOKENS,
+            decode=model.decode,
+            tell=events[place].append,
+        )
+        for place, schedule in enumerate([Broken(0.0), Constant(0.0)])
+    ]
+    while not all(row.ended for row in rows):
+        waiting = [row for row in rows if not row.ended]
+        for _ in advance(model, waiting, workers=Workers(), notify=lambda: None):
+            pass
+    assert isinstance(events[0][-1], ReplyFailedError)
+    assert "words" not in str(events[0][-1])
+    assert isinstance(events[1][-1], Report)

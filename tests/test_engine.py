@@ -320,6 +320,86 @@ class Costly(ScriptedLanguageModel):
             yield tokens
 
 
+class Littering(ScriptedLanguageModel):
+    """Cannot drop what it computed."""
+
+    def release(self, prefix: Any) -> None:
+        raise MemoryError("somebody's words")
+
+
+def test_an_engine_survives_what_cannot_be_released(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Littering(endless)
+    for _ in range(3):
+        assert text_of(engine, order(model)) == "aaaaa"
+    until(lambda: idle(engine))
+    assert "MemoryError" in caplog.text
+    assert "words" not in caplog.text
+
+
+def test_a_reply_that_cannot_be_admitted_fails_alone(engine: Engine) -> None:
+    class Unadmitted(ScriptedLanguageModel):
+        broken = False
+
+        @property
+        def vocabulary(self) -> str:
+            if self.broken:
+                raise KeyError
+            return "words"
+
+    model = Unadmitted(endless, step_seconds=0.001)
+    first = engine.reply(order(model, max_tokens=200, streamed=True))
+    deltas = iter(first)
+    next(deltas)
+    model.broken = True
+    with pytest.raises(EngineError, match="KeyError"):
+        text_of(engine, order(model))
+    assert len("".join(delta.text for delta in deltas)) == 199
+    until(lambda: idle(engine))
+
+
+def test_whoever_waits_for_an_engine_that_ends_is_told(engine: Engine) -> None:
+    model = ScriptedLanguageModel(endless, step_seconds=0.001)
+    reply = engine.reply(order(model, max_tokens=100_000, streamed=True))
+    deltas = iter(reply)
+    next(deltas)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_hear", lambda: 1 / 0)
+        with pytest.raises(EngineClosedError):
+            list(deltas)
+    with pytest.raises(EngineClosedError):
+        engine.reply(order(model))
+
+
+def test_a_quick_reward_is_not_forgotten_while_another_lane_is_waited_for(engine: Engine) -> None:
+    def policy_of(seconds: float) -> Policy:
+        def reward(**_: Any) -> list[float]:
+            time.sleep(seconds)
+            return [0.0]
+
+        return Policy(
+            objective=as_reward(reward),
+            acceptance=Acceptance(schedule=Constant(0.0)),
+            segment_size=1,
+            max_candidates=1,
+        )
+
+    model = ScriptedLanguageModel(endless)
+    for _ in range(5):
+        slow = engine.reply(order(model, policy_of(2.0), max_tokens=1))
+        quick = [
+            engine.reply(order(model, policy_of(0.003), max_tokens=2, priority=priority))
+            for priority in ("interactive", "batch")
+            for _ in range(3)
+        ]
+        begin = time.monotonic()
+        for reply in quick:
+            list(reply)
+        assert time.monotonic() - begin < 1.5
+        slow.cancel()
+
+
 def test_an_interactive_reply_does_not_wait_for_a_flood_of_batch_rows() -> None:
     """By a clock that counts rows times steps, from the first step of the reply to its last."""
     model = Costly()

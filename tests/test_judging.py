@@ -131,17 +131,21 @@ def test_calls_that_hang_are_abandoned_counted_and_replaced() -> None:
     assert soon.values(0) == {quick: 1.0}
     settle(inquiry(hung, texts=("a",), timeout=0.05), workers=workers)
     assert workers.num_hung == 2
-    refused = inquiry(quick, texts=("a",))
+    refused = inquiry(hung, texts=("a",))
     settle(refused, workers=workers)
     assert refused.values(0) is None
+    assert workers.num_hung == 2
+    other = inquiry(quick, texts=("a",))
+    settle(other, workers=workers)
+    assert other.values(0) == {quick: 1.0}
     release.set()
     end = time.monotonic() + 5
     while workers.num_hung:
         assert time.monotonic() < end
         time.sleep(0.002)
-    again = inquiry(quick, texts=("a",))
+    again = inquiry(hung, texts=("a",))
     settle(again, workers=workers)
-    assert again.values(0) == {quick: 1.0}
+    assert again.values(0) == {hung: 0.0}
 
 
 def test_a_call_that_waits_for_a_worker_is_not_late() -> None:
@@ -186,5 +190,28 @@ def test_a_reading_that_fails_is_no_answer() -> None:
             raise KeyError(raw)
 
     one = inquiry(Unreadable(lambda texts: [1.0] * len(texts)), texts=("a",))
+    settle(one, workers=Workers())
+    assert one.values(0) is None
+
+
+def test_a_call_that_finds_no_worker_for_long_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("langchain_stars.judging._IDLE_SECONDS", 0.05)
+    release = threading.Event()
+    workers = Workers(max_workers=1)
+    blocking = inquiry(Asked(lambda texts: release.wait(5) and [1.0]), texts=("a",))
+    blocking.begin(workers, lambda: None)
+    waiting = inquiry(Asked(lambda texts: [1.0]), texts=("a",), timeout=0.05)
+    settle(waiting, workers=workers)
+    assert waiting.values(0) is None
+    release.set()
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError])
+@pytest.mark.parametrize("on_device", [True, False])
+def test_whatever_a_reward_raises_only_rejects(error: type[BaseException], on_device: bool) -> None:
+    def function(texts: list[str]) -> list[float]:
+        raise error
+
+    one = inquiry(Asked(function, on_device=on_device), texts=("a",))
     settle(one, workers=Workers())
     assert one.values(0) is None

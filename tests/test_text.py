@@ -106,3 +106,26 @@ def test_a_candidate_extends_a_text_without_touching_it(finished: bool) -> None:
     copy = Text().extended(list(b"ab"), decode=bytes_of)
     text.extended(list(b"cd"), decode=bytes_of, finished=finished)
     assert text == copy
+
+
+def test_a_decoder_that_gives_up_whole_runs_of_bytes_does_not_shrink_the_text() -> None:
+    """As those of tokenizers with byte fallback (Llama 2, Gemma), for each run that is invalid."""
+
+    def decode(token_ids: object) -> str:
+        data = bytes(token_ids)  # type: ignore[call-overload]
+        try:
+            return data.decode()  # type: ignore[no-any-return]
+        except UnicodeDecodeError:
+            return "\ufffd" * len(data)
+
+    random.seed(2)
+    for _ in range(300):
+        whole = "".join(random.choices(["😀", "é", "€", "a"], k=6))
+        data = whole.encode()
+        cuts = sorted(random.sample(range(1, len(data)), k=min(5, len(data) - 1)))
+        text, shown = Text(), ""
+        for begin, end in itertools.pairwise([0, *cuts, len(data)]):
+            text = text.extended(list(data[begin:end]), decode=decode, final=end == len(data))
+            assert text.showable().startswith(shown)
+            shown = text.showable()
+        assert shown == whole
