@@ -5,9 +5,12 @@ doubt, from a fast model that fails and from an earlier sensitive turn to the gu
 never from there to the fast one.
 """
 
+import hmac
+import json
 import logging
-from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+import os
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeAlias
 
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import BaseMessage
@@ -24,6 +27,7 @@ from langchain_core.runnables.configurable import (
     RunnableConfigurableAlternatives,
 )
 from langchain_core.runnables.fallbacks import RunnableWithFallbacks
+from langgraph.channels import EphemeralValue
 from langgraph.config import get_stream_writer
 from langgraph.constants import TAG_NOSTREAM
 from langgraph.errors import GraphBubbleUp
@@ -72,6 +76,16 @@ class ChatState(MessagesState):
     routing: Routing
 
 
+class _SealedState(ChatState):
+    """What the fast node is given.
+
+    Attributes:
+        seal: That the router let this very thread be answered fast; gone after the next step.
+    """
+
+    seal: Annotated[str, EphemeralValue]
+
+
 def create_guarded_chat(
     *,
     guarded: AnsweringModel,
@@ -86,6 +100,11 @@ def create_guarded_chat(
     the `sticky_turns` turns after one that was. A fast model that fails leaves its turn to the
     guarded one; text that it had streamed by then stays shown, under its own message id, and is
     not in the state. A guarded model that fails raises.
+
+    The fast node answers only what the router sent it, unchanged, and leaves everything else to
+    the router: a turn of somebody who may send commands to the graph (as clients of LangGraph's
+    server may) and goes there himself, a thread that was changed on the way, and a turn that
+    another process takes up between the two nodes, which cannot tell the difference.
 
     Stream it with `stream_mode="messages"` for the text of the replies as it is kept, and with
     `"custom"` for the segments of a `ChatStars`, each a dictionary of `segment` and `text`.
@@ -112,18 +131,19 @@ def create_guarded_chat(
     _require_guard(guarded)
     guarded, fast = _telling(guarded), _telling(fast)
     chosen: Router = safety_router() if router is None else router
+    key = os.urandom(32)
 
     def route(state: ChatState, config: RunnableConfig) -> Command[Route]:
         decision = decide(
             chosen, state["messages"], timeout=router_timeout, config=_unstreamed(config)
         )
-        return _go(decision, state, sticky_turns)
+        return _go(decision, state, sticky_turns, key)
 
     async def aroute(state: ChatState, config: RunnableConfig) -> Command[Route]:
         decision = await adecide(
             chosen, state["messages"], timeout=router_timeout, config=_unstreamed(config)
         )
-        return _go(decision, state, sticky_turns)
+        return _go(decision, state, sticky_turns, key)
 
     def answer_guarded(state: ChatState, config: RunnableConfig) -> dict[str, Any]:
         _require_guard(guarded, config)
@@ -135,7 +155,9 @@ def create_guarded_chat(
         reply = await guarded.ainvoke(state["messages"], config)
         return {"messages": [_routed(reply, "guarded")]}
 
-    def answer_fast(state: ChatState, config: RunnableConfig) -> Command[Any]:
+    def answer_fast(state: _SealedState, config: RunnableConfig) -> Command[Any]:
+        if not _is_sealed(state, key):
+            return Command(goto="route")
         try:
             reply = fast.invoke(state["messages"], config)
         except GraphBubbleUp:
@@ -144,7 +166,9 @@ def create_guarded_chat(
             return _escalate(error, state)
         return Command(update={"messages": [_routed(reply, "fast")]}, goto=END)
 
-    async def aanswer_fast(state: ChatState, config: RunnableConfig) -> Command[Any]:
+    async def aanswer_fast(state: _SealedState, config: RunnableConfig) -> Command[Any]:
+        if not _is_sealed(state, key):
+            return Command(goto="route")
         try:
             reply = await fast.ainvoke(state["messages"], config)
         except GraphBubbleUp:
@@ -157,13 +181,18 @@ def create_guarded_chat(
     graph = StateGraph(ChatState, input_schema=MessagesState)
     graph.add_node("route", RunnableLambda(route, aroute), destinations=("guarded", "fast"))
     graph.add_node("guarded", RunnableLambda(answer_guarded, aanswer_guarded))
-    graph.add_node("fast", RunnableLambda(answer_fast, aanswer_fast), destinations=("guarded", END))
+    graph.add_node(
+        "fast",
+        RunnableLambda(answer_fast, aanswer_fast),
+        destinations=("route", "guarded", END),
+        input_schema=_SealedState,
+    )
     graph.add_edge(START, "route")
     graph.add_edge("guarded", END)
     return graph
 
 
-def _go(decision: Decision, state: ChatState, sticky_turns: int) -> Command[Route]:
+def _go(decision: Decision, state: ChatState, sticky_turns: int, key: bytes) -> Command[Route]:
     """Take the route that was decided, or the guarded one where the thread still sticks to it."""
     left = state["routing"]["turns_left"] if "routing" in state else 0
     taken: Route = decision.route
@@ -173,7 +202,25 @@ def _go(decision: Decision, state: ChatState, sticky_turns: int) -> Command[Rout
     elif left > 0:
         taken, reason, left = "guarded", "sticky", left - 1
     routing = Routing(reason=reason, reward=decision.reward, floor=decision.floor, turns_left=left)
-    return Command(goto=taken, update={"route": taken, "routing": routing})
+    update: dict[str, Any] = {"route": taken, "routing": routing}
+    if taken == "fast":
+        update["seal"] = _seal(state["messages"], key)
+    return Command(goto=taken, update=update)
+
+
+def _seal(messages: Sequence[BaseMessage], key: bytes) -> str:
+    """Return what nobody else can write of a thread, everything that its messages hold included."""
+    thread = [message.model_dump(warnings=False) for message in messages]
+    text = json.dumps(thread, sort_keys=True, default=repr)
+    return hmac.new(key, text.encode(errors="surrogatepass"), "sha256").hexdigest()
+
+
+def _is_sealed(state: _SealedState, key: bytes) -> bool:
+    """Return whether the router sent this thread; what cannot even be read, it did not send."""
+    try:
+        return hmac.compare_digest(state["seal"], _seal(state["messages"], key))
+    except Exception:  # a command may have put anything there
+        return False
 
 
 def _escalate(error: Exception, state: ChatState) -> Command[Any]:

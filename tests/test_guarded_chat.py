@@ -17,7 +17,13 @@ from langchain_core.language_models import (
     FakeListChatModel,
     GenericFakeChatModel,
 )
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    ChatMessage,
+    HumanMessage,
+)
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField, RunnableBranch, RunnableLambda
@@ -25,7 +31,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.graph.state import CompiledStateGraph
-from langgraph.types import interrupt
+from langgraph.types import Command, Send, interrupt
 
 from langchain_stars import ChatStars, create_guarded_chat
 from langchain_stars.rewards import as_reward
@@ -254,6 +260,105 @@ def test_a_caller_cannot_say_how_a_thread_is_routed():
         {"messages": [HumanMessage(EVERYDAY)], "route": "fast", "routing": known}, thread()
     )
     assert (state["route"], state["routing"]["reason"]) == ("guarded", "sticky")
+
+
+ROUTED = {"reason": "safe", "reward": 1.0, "floor": 0.0, "turns_left": 0}
+SAYING: Any = {"messages": [("user", SENSITIVE)]}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        Command(update=SAYING, goto="fast"),
+        Command(update={**SAYING, "route": "fast", "routing": ROUTED}, goto="fast"),
+        Command(update={**SAYING, "routing": ROUTED, "seal": "0" * 64}, goto="fast"),
+        Command(update={**SAYING, "seal": 1}, goto="fast"),
+        Command(update=SAYING, goto=Send("fast", {**SAYING, "routing": ROUTED})),
+        Command(update=SAYING, goto=Send("fast", {"messages": [HumanMessage(SENSITIVE)]})),
+        Command(update=SAYING, goto=Send("fast", {"messages": [HumanMessage("Hi")], "seal": ""})),
+        Command(update=SAYING, goto=Send("fast", {})),
+        Command(update=SAYING, goto=["route", "fast"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("begun", [False, True])
+async def test_nobody_but_the_router_sends_a_turn_to_the_fast_model(
+    command: Command[Any], begun: bool
+):
+    asked: list[Any] = []
+
+    def quick(messages: Any) -> AIMessage:
+        asked.append(messages)
+        return AIMessage("quickly")
+
+    graph = create_guarded_chat(
+        guarded=says("carefully"), fast=RunnableLambda(quick), router=by_words
+    )
+    app = graph.compile(checkpointer=InMemorySaver())
+    for name in ("sync", "async"):
+        if begun:
+            app.invoke({"messages": [("user", EVERYDAY)]}, thread(name))
+            assert len(asked) == 1
+            asked.clear()
+        if name == "sync":
+            state = app.invoke(command, thread(name))
+        else:
+            state = await app.ainvoke(command, thread(name))
+        assert asked == []
+        assert state["messages"][-1].text == "carefully"
+        assert state["route"] == "guarded"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        HumanMessage(SENSITIVE),
+        HumanMessage(SENSITIVE, id="1"),
+        HumanMessage(EVERYDAY, id="1", name=SENSITIVE),
+        ChatMessage(EVERYDAY, id="1", role=SENSITIVE),
+        AIMessage("", tool_calls=[{"name": "f", "args": {"q": SENSITIVE}, "id": "1"}]),
+    ],
+    ids=["another", "other text", "other name", "other role", "a tool call"],
+)
+def test_a_thread_that_is_changed_behind_the_router_is_routed_again(change: BaseMessage):
+    def everywhere(messages: Sequence[BaseMessage]) -> Any:
+        return "guarded" if "sensitive" in str(messages) else "fast"
+
+    graph = create_guarded_chat(guarded=says("c"), fast=says("q"), router=everywhere)
+    app = graph.compile(checkpointer=InMemorySaver(), interrupt_before=["fast"])
+    app.invoke({"messages": [HumanMessage(EVERYDAY, id="1")]}, thread())
+    assert app.get_state(thread()).next == ("fast",)
+    state = app.invoke(Command(update={"messages": [change]}), thread())
+    assert state["messages"][-1].text == "c"
+    assert (state["route"], state["routing"]["turns_left"]) == ("guarded", 2)
+
+
+def test_a_turn_taken_up_before_the_fast_model_is_routed_again_where_it_was_not_routed():
+    saver, routed = InMemorySaver(), []
+
+    def made(name: str, route: str) -> Any:
+        def router(messages: Sequence[BaseMessage]) -> Any:
+            routed.append(name)
+            return route
+
+        graph = create_guarded_chat(guarded=says("c"), fast=says("q"), router=router)
+        return graph.compile(checkpointer=saver, interrupt_before=["fast"])
+
+    app, stricter = made("app", "fast"), made("stricter", "guarded")
+    for name in ("1", "2"):
+        app.invoke({"messages": [("user", EVERYDAY)]}, thread(name))
+    assert app.invoke(None, thread("1"))["messages"][-1].text == "q"
+    assert routed == ["app", "app"]
+    assert stricter.invoke(None, thread("2"))["messages"][-1].text == "c"
+    assert routed == ["app", "app", "stricter"]
+
+
+def test_the_seal_of_a_turn_does_not_outlive_it():
+    graph = create_guarded_chat(guarded=says("c"), fast=says("q"), router=by_words)
+    app = graph.compile(checkpointer=InMemorySaver())
+    state = app.invoke({"messages": [("user", EVERYDAY)]}, thread())
+    assert set(state) == {"messages", "route", "routing"}
+    assert "seal" not in app.get_state(thread()).values
 
 
 def test_the_whole_thread_is_routed_and_answered():
@@ -626,6 +731,7 @@ def test_the_graph_can_be_drawn_with_all_its_ways():
         ("__start__", "route"),
         ("route", "guarded"),
         ("route", "fast"),
+        ("fast", "route"),
         ("fast", "guarded"),
         ("fast", "__end__"),
         ("guarded", "__end__"),
