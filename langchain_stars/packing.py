@@ -1,9 +1,9 @@
-"""Linear layers whose weights lie as a CPU reads them fastest.
+"""Where weights lie: one name for each device, and on a CPU laid out as it reads them fastest.
 
-Knows layers; nothing of models, tokens or rewards. A product of a few rows with a large matrix
-takes the time of reading the matrix. The plain kernels take up to three times that when there are
-2 to 16 rows, which is what drafting and judging several candidates at once consists of; the packed
-ones of oneDNN do not.
+Knows devices and layers; nothing of models, tokens or rewards. A product of a few rows with a large
+matrix takes the time of reading the matrix. The plain kernels take up to three times that when
+there are 2 to 16 rows, which is what drafting and judging several candidates at once consists of;
+the packed ones of oneDNN do not.
 """
 
 import copy
@@ -16,6 +16,36 @@ from transformers.pytorch_utils import Conv1D
 
 _LEAST_WEIGHTS = 1 << 17
 _ROWS = 8
+
+
+def device_name(device: "str | torch.device | None" = None) -> str:
+    """Return the one name of a device, so that what runs on the same device is known to.
+
+    A CPU has no index and a GPU of CUDA always has one: `"cpu"` for `"cpu:0"`, and `"cuda:0"` for
+    `"cuda"` where that is the current one.
+
+    Args:
+        device: As torch names it; None takes the best there is.
+
+    Raises:
+        ValueError: Torch knows no such device.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            device = "cuda"
+        else:
+            device = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        named = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"`device` must name a device of torch, got {device}") from error
+    if named.type in ("cpu", "mps"):
+        return named.type
+    if named.type == "cuda" and named.index is None and torch.cuda.is_available():
+        # Before CUDA is begun the first one is current; to ask would begin it, and end forking.
+        current = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+        return f"cuda:{current}"
+    return str(named)
 
 
 class PackedLinear(nn.Module):

@@ -33,7 +33,7 @@ from langchain_stars.language_models.local import FALLBACK_TEMPLATE
 from langchain_stars.language_models.masks import TreeMask, causal_masks
 from langchain_stars.language_models.prompts import PromptStore
 from langchain_stars.language_models.sampling import Sampler
-from langchain_stars.packing import PackedLinear, can_pack
+from langchain_stars.packing import PackedLinear, can_pack, device_name
 from langchain_stars.randomness import drafting_uniforms
 from langchain_stars.testing import check_language_model
 
@@ -900,6 +900,35 @@ def test_one_name_is_one_language_model_and_other_settings_are_another(
     assert one.draw([request]) == other.draw([request]) == wanted
     assert one._loaded().network.model is not model
     one.unload()
+
+
+def test_one_device_has_one_name(
+    make_folder: FolderMaker,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    assert device_name("cpu:0") == device_name(torch.device("cpu", 0)) == "cpu"
+    assert device_name("mps:0") == "mps"
+    model = AutoModelForCausalLM.from_pretrained(make_folder("llama"), dtype="bfloat16")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    one = load_language_model(str(tmp_path), device="cpu")
+    assert load_language_model(str(tmp_path), device="cpu:0") is one
+    other = LocalLanguageModel(tmp_path, device="cpu:0")
+    assert isinstance(one, LocalLanguageModel)
+    assert other.device == "cpu"
+    assert other._dtype == torch.float32
+    assert other._loaded().network.model is one._loaded().network.model
+    one.unload()
+    with pytest.raises(ValueError, match="`device` must name a device of torch, got tpu9"):
+        LocalLanguageModel(tmp_path, device="tpu9")
+    # A machine with GPUs, of which nothing has been used yet; then one has been chosen.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [device_name(name) for name in (None, "cuda", "cuda:1")] == ["cuda:0"] * 2 + ["cuda:1"]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert device_name("cuda") == "cuda:3"
 
 
 def test_a_loaded_model_is_used_as_it_is(

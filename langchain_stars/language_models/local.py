@@ -43,7 +43,7 @@ from langchain_stars.language_models.drafters import (
     snapshot_error,
 )
 from langchain_stars.language_models.prompts import PromptStore
-from langchain_stars.packing import can_pack, pack, share_weights
+from langchain_stars.packing import can_pack, device_name, pack, share_weights
 from langchain_stars.ragged_cache import ATTENTION
 from langchain_stars.templates import TextEncoder, encode_chat, vocabulary_of
 
@@ -172,6 +172,7 @@ def load_language_model(model: Any, **settings: Any) -> LanguageModel:
         return model
     if not isinstance(model, str | os.PathLike):
         return LocalLanguageModel(model, **settings)
+    settings["device"] = device_name(settings.get("device"))
     key = (os.fspath(model), *sorted((name, repr(value)) for name, value in settings.items()))
     with _REGISTRY_LOCK:
         if key not in _LOADED:
@@ -197,7 +198,8 @@ class LocalLanguageModel(LanguageModel):
         dtype: `"auto"`, `"bfloat16"`, ... or a torch type. `"auto"` is the checkpoint's, and on a
             CPU float32: most CPUs are slower in shorter types, and sums in those depend on how
             many rows are computed together.
-        device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`; None takes the best there is.
+        device: `"cpu"`, `"cuda"` (the current one), `"cuda:1"`, `"mps"`; None takes the best there
+            is.
         device_map: As in transformers, to spread a large model; then `device` is left to it.
         trust_remote_code: Whether code of the checkpoint may run.
         attention: Attention implementation; the default reads keys and values once for all
@@ -253,9 +255,9 @@ class LocalLanguageModel(LanguageModel):
             if tokenizer is None:
                 raise ValueError("`tokenizer` must be given with a loaded model, got None")
             name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-            device = device or str(next(model.parameters()).device)
+            device = device or next(model.parameters()).device
         self._name = name
-        self._device = str(device) if device is not None else _best_device()
+        self._device = device_name(device)
         self._settings = settings
         self._device_map = device_map
         if isinstance(dtype, torch.dtype):
@@ -831,12 +833,6 @@ def _digest_folder(digest: Any, folder: Path) -> None:
             for part in range(64):
                 file.seek(part * (size - _SAMPLE_BYTES) // 63)
                 digest.update(file.read(_SAMPLE_BYTES))
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _free_bytes(device: str) -> int | None:
