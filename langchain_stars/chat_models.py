@@ -81,6 +81,7 @@ from langchain_stars.language_models.base import LanguageModel, Sampling
 from langchain_stars.rewards.algebra import Constraint
 from langchain_stars.rewards.base import Reward, digest
 from langchain_stars.rewards.expressions import resolve_constraint, resolve_reward
+from langchain_stars.templates import with_two_roles
 
 __all__ = [
     "BUNDLED",
@@ -1275,29 +1276,12 @@ def _encode(
         ModelInvalidRequestError: The template refuses the chat all the same.
     """
     failure = ""
-    for spelling in (chat, _with_two_roles(chat)):
+    for spell in (tuple, with_two_roles):
         try:
-            return language_model.encode(spelling, tools=tools)
+            return language_model.encode(list(spell(chat)), tools=tools)
         except Exception as error:  # a template may raise anything
             failure = type(error).__name__
     raise ModelInvalidRequestError(
         f"the chat template of {language_model.name} refuses a thread of the roles "
         f"{', '.join(message['role'] for message in chat)}: {failure}"
     )
-
-
-def _with_two_roles(chat: Chat) -> Chat:
-    """Return a chat in which only user and assistant speak, in turns, the user first."""
-    told: Chat = []
-    for message in chat:
-        content = message["content"]
-        for call in message.get("tool_calls", ()):
-            content = "\n".join(filter(None, (content, json.dumps(call["function"]))))
-        role = "assistant" if message["role"] == "assistant" else "user"
-        if told and told[-1]["role"] == role:
-            _join(told[-1], {"content": content})
-        else:
-            told.append({"role": role, "content": content})
-    if told and told[0]["role"] == "assistant":
-        told.insert(0, {"role": "user", "content": ""})
-    return told

@@ -64,6 +64,33 @@ def encode_chat(
     return list(encoded["input_ids"])
 
 
+def with_two_roles(chat: Chat) -> list[dict[str, Any]]:
+    """Return a chat in which only user and assistant speak, in turns, the user first.
+
+    It is for a template that refuses other roles; calls of tools are written as JSON.
+    """
+    told: list[dict[str, Any]] = [{"role": "user", "content": ""}]
+    for message in chat:
+        calls = (json.dumps(call["function"]) for call in message.get("tool_calls") or ())
+        content = "\n".join(filter(None, (text_of(message.get("content")), *calls)))
+        role = "assistant" if message.get("role") == "assistant" else "user"
+        if told[-1]["role"] == role:
+            told[-1]["content"] = "\n\n".join(filter(None, (told[-1]["content"], content)))
+        else:
+            told.append({"role": role, "content": content})
+    return told
+
+
+def text_of(content: Any) -> str:
+    """Return the text of a message's content, which may be in parts."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, Sequence) else ()
+    return "".join(
+        str(part.get("text", "")) if isinstance(part, Mapping) else str(part) for part in parts
+    )
+
+
 def _with_marked_keys(value: Any, controls: "re.Pattern[str]") -> Any:
     """Return a copy of messages or tools in which the keys' control tokens are marked as text.
 

@@ -1647,7 +1647,7 @@ def test_a_template_that_fails_says_nothing_of_the_messages(
     make_model("llama", tokenizer, num_labels=1).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(
-        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception(m.content) }}"
+        "{% for m in messages %}{% if 'secret' in m.content %}{{ raise_exception(m.content) }}"
         "{% endif %}<|user|>{{ m.content }}{% endfor %}"
     )
     scorer = SequenceClassifier(tmp_path)
@@ -1656,6 +1656,45 @@ def test_a_template_that_fails_says_nothing_of_the_messages(
         scorer.score([asked])
     assert "secret" not in "".join(traceback.format_exception(caught.value))
     assert caught.value.__context__ is None
+
+
+def test_a_template_that_refuses_roles_is_given_turns_of_user_and_assistant(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    make_model("llama", tokenizer, num_labels=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles') }}"
+        "{% endif %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    scorer = SequenceClassifier(tmp_path)
+
+    def user(text: Any) -> dict[str, Any]:
+        return {"role": "user", "content": text}
+
+    parts = [{"type": "text", "text": "Hi"}]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    thread = [
+        {"role": "system", "content": "Be brief."},
+        user(parts),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "Done."},
+    ]
+    called = {"role": "assistant", "content": json.dumps(call["function"])}
+    turns = [user("Be brief.\n\nHi"), called, user("Done.")]
+    begun = {"role": "assistant", "content": "I am "}
+    for chat, equal in (
+        (thread, turns),
+        ([*thread, begun], [*turns, begun]),
+        ([begun], [user(""), begun]),
+        ([], [user("")]),
+    ):
+        assert written(scorer, chat, "fine.", True) == written(scorer, equal, "fine.", True)
+    assert scorer.score([request("a", chat=[begun])]) == scorer.score(
+        [request("a", chat=[user(""), begun])]
+    )
 
 
 def test_vocabularies_are_equal_where_tokens_of_replies_mean_the_same(

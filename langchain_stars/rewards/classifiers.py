@@ -40,7 +40,13 @@ from langchain_stars.rewards.base import (
     within,
 )
 from langchain_stars.rewards.packed import Counters, PackedModel, Reading, out_of_memory
-from langchain_stars.templates import TextEncoder, encode_chat, vocabulary_of
+from langchain_stars.templates import (
+    TextEncoder,
+    encode_chat,
+    text_of,
+    vocabulary_of,
+    with_two_roles,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -830,25 +836,24 @@ class _Writer:
 
     def prompt(self, chat: Chat) -> _Prompt:
         """Return what stands before the reply to a chat."""
-        messages = [dict(message) for message in chat]
-        before = ""
-        if messages and messages[-1].get("role") == "assistant":
-            before = _text(messages.pop().get("content"))
         if self.view != "chat":
+            messages, before = _split(chat)
             ids: list[int] = []
             if self.view != "reply":
                 [ids] = self._encoder.encode([_joined(messages, self.view)], begins=True)
             return _Prompt(self._lead, tuple(ids), self._middle, before)
         failure = ""
-        try:
-            ids = encode_chat(
-                self._tokenizer, messages, add_generation_prompt=self._generation_prompt
-            )
-        except Exception as error:  # a template may raise what it likes, and name the messages
-            failure = type(error).__name__
-        if failure:
-            raise RewardError(f"the chat template failed on {len(messages)} messages: {failure}")
-        return _Prompt((), (*ids, *self._header), (), self._space + before)
+        for spell in (tuple, with_two_roles):
+            try:
+                messages, before = _split(spell(chat))
+                ids = encode_chat(
+                    self._tokenizer, messages, add_generation_prompt=self._generation_prompt
+                )
+            except Exception as error:  # a template may raise what it likes, and name the messages
+                failure = type(error).__name__
+                continue
+            return _Prompt((), (*ids, *self._header), (), self._space + before)
+        raise RewardError(f"the chat template failed on {len(chat)} messages: {failure}")
 
     def replies(
         self, subjects: Sequence[tuple[str, _Prompt]], completions: Sequence[Completion]
@@ -955,17 +960,15 @@ def _limit(loaded: _Loaded, max_length: int | None) -> int | None:
 _OFFSET_POSITIONS = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl"})
 
 
-def _text(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, Sequence) else ()
-    return "".join(
-        str(part.get("text", "")) if isinstance(part, Mapping) else str(part) for part in parts
-    )
+def _split(chat: Chat) -> tuple[Chat, str]:
+    """Return the messages before the reply, and the text that the reply continues."""
+    if chat and chat[-1].get("role") == "assistant":
+        return chat[:-1], text_of(chat[-1].get("content"))
+    return chat, ""
 
 
 def _joined(chat: Chat, view: View) -> str:
-    texts = [(message.get("role"), _text(message.get("content"))) for message in chat]
+    texts = [(message.get("role"), text_of(message.get("content"))) for message in chat]
     if view == "pair":
         return "\n\n".join(text for _, text in texts)
     turns = [
