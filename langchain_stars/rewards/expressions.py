@@ -103,13 +103,16 @@ def _from_text(text: str) -> Reward:
     if ">=" in text or "<=" in text:
         raise ValueError(f"the reward {text!r} is a constraint: give it in `constraints`")
     try:
-        tree = ast.parse(text, mode="eval")
+        value = _evaluate(ast.parse(text, mode="eval").body, text)
     except SyntaxError:
         raise ValueError(_unknown(text)) from None
-    try:
-        value = _evaluate(tree.body, text)
     except ZeroDivisionError:
         raise ValueError(f"the reward {text!r} divides by 0") from None
+    except (RecursionError, MemoryError, OverflowError):
+        raise ValueError(
+            f"the reward, a text of {len(text)} characters, is nested too deeply, has too many "
+            "terms or too large a number"
+        ) from None
     if not isinstance(value, Reward):
         raise ValueError(f"the reward {text!r} is only a number")
     return value
