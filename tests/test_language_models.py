@@ -1,7 +1,9 @@
 """The local language model draws what plain recomputation draws, whatever it keeps and shares."""
 
+import gc
 import json
 import random
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -29,7 +32,7 @@ from langchain_stars.language_models import (
     load_language_model,
 )
 from langchain_stars.language_models.drafters import RaggedDrafter
-from langchain_stars.language_models.local import FALLBACK_TEMPLATE
+from langchain_stars.language_models.local import _REGISTRY, FALLBACK_TEMPLATE
 from langchain_stars.language_models.masks import TreeMask, causal_masks
 from langchain_stars.language_models.prompts import PromptStore
 from langchain_stars.language_models.sampling import Sampler
@@ -947,6 +950,28 @@ def test_a_loaded_model_is_used_as_it_is(
     with pytest.raises(ValueError, match="`tokenizer` must be given"):
         LocalLanguageModel(model)
     read.unload()
+
+
+def test_a_model_that_is_gone_leaves_nothing_to_one_at_its_address(
+    make_folder: FolderMaker, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    gc.collect()
+    before = len(_REGISTRY)
+    for _ in range(20):  # some lie where one lay that is gone
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(make_folder("llama"), num_hidden_layers=1)
+        )
+        language_model = LocalLanguageModel(model, tokenizer=tokenizer)
+        own = language_model._loaded().network.model
+        assert own.model.embed_tokens.weight is model.model.embed_tokens.weight
+        sharing = LocalLanguageModel(model, tokenizer=tokenizer)
+        assert sharing._loaded().network.model is own
+        assert len(_REGISTRY) == before + 1
+        gone = weakref.ref(own)
+        del language_model, sharing, own, model
+        gc.collect()
+        assert gone() is None
+        assert len(_REGISTRY) == before
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

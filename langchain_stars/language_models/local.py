@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 import torch
 from jinja2 import TemplateError
@@ -143,8 +143,10 @@ class _Weights:
         self.seconds: dict[str, dict[int, float]] = {}
 
 
-_REGISTRY: dict[_Source, _Weights] = {}
+_REGISTRY: WeakValueDictionary[_Source, _Weights] = WeakValueDictionary()
 _LOADED: dict[tuple[Any, ...], "LocalLanguageModel"] = {}
+_NUMBERS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+_next_number = itertools.count(1)
 _REGISTRY_LOCK = threading.RLock()
 
 
@@ -157,6 +159,14 @@ def _renew_locks() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_locks)
+
+
+def _number_of(model: Any) -> int:
+    """Return what tells a loaded model from all others; its address may be given out again."""
+    with _REGISTRY_LOCK:
+        if model not in _NUMBERS:
+            _NUMBERS[model] = next(_next_number)
+        return _NUMBERS[model]
 
 
 def load_language_model(model: Any, **settings: Any) -> LanguageModel:
@@ -185,7 +195,7 @@ class LocalLanguageModel(LanguageModel):
 
     Construction is cheap: the tokenizer is read when text is first encoded, the weights when
     tokens are first drawn. Weights are shared by all that name the same model, revision, type and
-    device, in this process.
+    device, in this process, and freed with the last of them.
 
     A tokenizer without a chat template gets a plain one, `Role: content` line by line.
 
@@ -273,7 +283,7 @@ class LocalLanguageModel(LanguageModel):
             trust_remote_code=trust_remote_code,
             attention=attention,
             pack=pack_weights,
-            identity=0 if self._given is None else id(model),
+            identity=0 if self._given is None else _number_of(model),
         )
         self._drafts = drafts
         self._prompt_bytes = prompt_bytes
@@ -283,6 +293,7 @@ class LocalLanguageModel(LanguageModel):
         self._given_tokenizer = tokenizer
         self._tokenizer_lock = threading.Lock()
         self._drafter: Drafter | None = None
+        self._shared: _Weights | None = None
         self._most_candidates = _MOST_CANDIDATES
         self._most_rows: int | None = None
         self.counts = Counts()
@@ -513,10 +524,11 @@ class LocalLanguageModel(LanguageModel):
         self._drafter = None
         with _REGISTRY_LOCK:
             weights = _REGISTRY.pop(self._source, None)
+            users = [] if weights is None else list(weights.users)
         if weights is not None:
             weights.model = None
-            for user in weights.users:
-                user._drafter = None
+            for user in users:
+                user._drafter = user._shared = None
         if self._device.startswith("cuda"):
             torch.cuda.empty_cache()
 
@@ -582,8 +594,14 @@ class LocalLanguageModel(LanguageModel):
         return proposals
 
     def _weights(self) -> _Weights:
+        """Return the weights shared with others; whoever shares them keeps them in the registry."""
         with _REGISTRY_LOCK:
-            return _REGISTRY.setdefault(self._source, _Weights())
+            weights = _REGISTRY.get(self._source)
+            if weights is None:
+                weights = _REGISTRY[self._source] = _Weights()
+            weights.users.add(self)
+            self._shared = weights
+            return weights
 
     def _loaded(self) -> Drafter:
         """Return the drafter; load the weights and choose it, if that has not been done."""
@@ -596,7 +614,6 @@ class LocalLanguageModel(LanguageModel):
                     if weights.model is None:
                         weights.model = self._load()
                     drafter = self._drafter = self._choose(self._network(weights.model), weights)
-                    weights.users.add(self)
                     self._most_rows = self._rows_that_fit()
         return drafter
 
