@@ -1,4 +1,4 @@
-"""The command line: `langchain-stars chat`, `demo` and `benchmark`.
+"""The command line: `langchain-stars chat`, `demo`, `calibrate` and `benchmark`.
 
 Knows arguments, terminals and what a reply says of itself. Each command is a function that takes
 the parser of its arguments, adds them, and returns what runs it; models are imported when one runs.
@@ -12,12 +12,13 @@ import contextlib
 import io
 import logging
 import os
+import shlex
 import shutil
 import sys
 import textwrap
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -114,6 +115,9 @@ def _chat(parser: argparse.ArgumentParser) -> Run:
         metavar="FLOOR",
         help='what must hold always, as in "safety >= 0.8"; may be given several times',
     )
+    guard.add_argument(
+        "--policy", metavar="FILE", help="thresholds that `calibrate` saved for this reward"
+    )
     for name, kind, meaning in (
         ("target", float, "reward asked of a whole reply"),
         ("beta", float, "softness of acceptance, in reward units"),
@@ -173,9 +177,47 @@ def _benchmark(parser: argparse.ArgumentParser) -> Run:
     return _run_benchmark
 
 
+def _calibrate(parser: argparse.ArgumentParser) -> Run:
+    """Measure what a reward gives a model's replies, and find thresholds at a stated cost."""
+    parser.add_argument(
+        "--model", metavar="NAME", help="hub id or folder; the bundled one if not given"
+    )
+    parser.add_argument(
+        "--reward", metavar="REWARD", required=True, help="objective, as `chat` takes it"
+    )
+    parser.add_argument(
+        "--prompts", metavar="FILE", required=True, help="text file with a prompt on each line"
+    )
+    parser.add_argument("--save", metavar="FILE", help="where to write the policy, as JSON")
+    parser.add_argument(
+        "--attempts",
+        type=float,
+        default=2.0,
+        metavar="N",
+        help="mean attempts of a segment: what the guard may cost (default: %(default)s)",
+    )
+    for name, default, meaning in (
+        ("samples", 4, "replies to each prompt"),
+        ("segment-size", 16, "tokens judged at once"),
+        ("max-tokens", 128, "most tokens of a reply"),
+        ("seed", 0, "decides the replies"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=int,
+            default=default,
+            metavar="N",
+            help=f"{meaning} (default: %(default)s)",
+        )
+    parser.add_argument("--device", help='as in "cpu" or "cuda"; the best there is if not given')
+    parser.add_argument("--dtype", help='as in "bfloat16"; the checkpoint\'s if not given')
+    return _run_calibrate
+
+
 _COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "chat": _chat,
     "demo": _demo,
+    "calibrate": _calibrate,
     "benchmark": _benchmark,
 }
 """What can be run; the first line of each docstring is its summary."""
@@ -360,6 +402,64 @@ def _table(screen: _Screen, turn: _Turn) -> None:
     )
 
 
+def _run_calibrate(arguments: argparse.Namespace) -> int:
+    screen = _Screen(laid_out=True)
+    with open(arguments.prompts, encoding="utf-8") as file:
+        prompts = [line.strip() for line in file if line.strip()]
+    if not prompts:
+        raise ValueError(f"`--prompts` must hold a prompt on each line, and {file.name} is empty")
+    with screen.waiting("loading the models") as end_waiting:
+        from langchain_stars.calibration import calibrate
+        from langchain_stars.language_models import load_language_model
+        from langchain_stars.rewards.bundled import FOLDER
+        from langchain_stars.rewards.expressions import resolve_reward
+
+        _hush()
+        reward = resolve_reward(arguments.reward)
+        reward.load()
+        language_model = load_language_model(
+            arguments.model or str(FOLDER / "language_model"),
+            **_given(arguments, ("device", "dtype")),
+        )
+        language_model.load()
+        end_waiting()
+        counted = screen.counted("replies judged", len(prompts) * arguments.samples)
+        found = calibrate(
+            language_model,
+            reward,
+            [[{"role": "user", "content": prompt}] for prompt in prompts],
+            mean_attempts=arguments.attempts,
+            segment_size=arguments.segment_size,
+            max_tokens=arguments.max_tokens,
+            num_samples=arguments.samples,
+            seed=arguments.seed,
+            progress=counted,
+        )
+    screen.paragraph("segment  replies    mean     5 %    50 %    95 %  threshold", "bold")
+    for index, position in enumerate(found.positions):
+        threshold = found.thresholds[index] if index < len(found.thresholds) else None
+        columns = (position.mean, *(position.quantiles[place] for place in (0, 2, 4)))
+        screen.paragraph(
+            f"{index + 1:>7}  {position.num_replies:>7}"
+            + "".join(f"{value:>8.3g}" for value in columns)
+            + f"  {'' if threshold is None else format(threshold, '.3g'):>9}"
+        )
+    screen.line()
+    screen.paragraph(
+        f"With target {found.target:.4g} and beta {found.beta:.4g}, a segment takes about "
+        f"{found.mean_attempts:.3g} attempts."
+    )
+    if arguments.save:
+        found.save(arguments.save)
+        model = f" --model {arguments.model}" if arguments.model else ""
+        screen.paragraph(f"Saved to {arguments.save}. To talk under it:")
+        screen.line(
+            " " * _MARGIN + f"{_program()} chat{model} --reward {shlex.quote(arguments.reward)} "
+            f"--policy {arguments.save}"
+        )
+    return 0
+
+
 # Screens
 
 
@@ -378,6 +478,7 @@ class _Screen:
         self.is_terminal = sys.stdout.isatty()
         self.laid_out = laid_out or self.is_terminal
         self._console: Any = None
+        self._status: Any = None
         if self.is_terminal:
             with contextlib.suppress(ImportError):
                 from rich.console import Console
@@ -413,18 +514,32 @@ class _Screen:
             self.write((label if not number else "").ljust(_MARGIN), label_style)
             self.line(each, style)
 
+    def counted(self, what: str, total: int) -> Callable[[Iterable[Any]], Iterator[Any]]:
+        """Return a function that passes things on, and shows on a terminal how many they were."""
+
+        def count(things: Iterable[Any]) -> Iterator[Any]:
+            done = 0
+            with self.waiting(f"0 of {total} {what}"):
+                for thing in things:
+                    yield thing
+                    done += 1
+                    if self._status is not None:
+                        self._status.update(f"{done} of {total} {what}")
+
+        return count
+
     @contextlib.contextmanager
     def waiting(self, text: str) -> Iterator[Callable[[], None]]:
         """Show that something takes its time, until the function it yields is called."""
         status = self._console.status(text, spinner_style="dim") if self._console else None
+        self._status = status
         if status is not None:
             status.start()
 
         def end() -> None:
-            nonlocal status
             if status is not None:
                 status.stop()
-                status = None
+            self._status = None
 
         try:
             yield end
@@ -735,9 +850,9 @@ def _graph(arguments: argparse.Namespace) -> Any:
     from langchain_stars.routing import safety_router
 
     _hush()
-    settings = {
-        name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None
-    }
+    settings = _given(arguments, _SETTINGS)
+    if arguments.policy:
+        settings = _policy(arguments) | settings
     if arguments.constraint:
         settings["constraints"] = arguments.constraint
     guarded = ChatStars(**settings)
@@ -750,6 +865,28 @@ def _graph(arguments: argparse.Namespace) -> Any:
     else:
         router = safety_router(floor=arguments.floor)
     return _compiled(create_guarded_chat(guarded=guarded, fast=guarded.unguarded(), router=router))
+
+
+def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Return those of some arguments that were given."""
+    values = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _policy(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the thresholds of a policy file, which hold for the reward that they were found for."""
+    from langchain_stars.calibration import Calibration
+    from langchain_stars.rewards.expressions import resolve_reward
+
+    policy = Calibration.load(arguments.policy)
+    if not arguments.reward:
+        raise ValueError(f"`--policy` needs the `--reward` it was found for: {policy.reward}")
+    reward = resolve_reward(arguments.reward)
+    if reward.name != policy.reward:
+        raise ValueError(f"`--policy` was found for {policy.reward}, and not for {reward.name}")
+    if reward.fingerprint != policy.reward_fingerprint:
+        raise ValueError(f"`--policy` was found for {policy.reward}, which has changed since")
+    return policy.settings()
 
 
 _SETTINGS = (

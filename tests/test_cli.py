@@ -1,6 +1,7 @@
 """The command line: what is written where, what a terminal shows, and how it ends."""
 
 import io
+import json
 import os
 import re
 import select
@@ -493,3 +494,55 @@ def test_a_turn_is_routed_by_the_bundled_safety_reward(capsys: pytest.CaptureFix
         )
         assert (code, err) == (0, "")
         assert (out == "I'm sorry, but I can't help with that.\n") is refusal
+
+
+@needs_bundled
+def test_thresholds_are_calibrated_saved_and_used(
+    tmp_path: Path, models: list[str], capsys: pytest.CaptureFixture[str]
+):
+    prompts, policy = tmp_path / "prompts.txt", tmp_path / "policy.json"
+    prompts.write_text("Hello!\n\nHow are you?\n")
+    name = ["--model", models[1], "--device", "cpu"]
+    code, out, err = said(
+        capsys,
+        *("calibrate", *name, "--reward", "helpfulness", "--prompts", str(prompts)),
+        *("--samples", "3", "--max-tokens", "32", "--save", str(policy)),
+    )
+    assert (code, err) == (0, "")
+    assert "a segment takes about 2 attempts" in " ".join(out.split())
+    found = json.loads(policy.read_text())
+    assert f"With target {found['target']:.4g}" in " ".join(out.split())
+    [command] = [line for line in out.splitlines() if "--policy" in line]
+    assert command.endswith(f"chat --model {models[1]} --reward helpfulness --policy {policy}")
+
+    used = ["chat", *name, "--guarded", "--seed", "1", "--max-tokens", "32", "--once", "Hello!"]
+    _, by_policy, _ = said(capsys, *used, "--reward", "helpfulness", "--policy", str(policy))
+    reply = langchain_stars.ChatStars(
+        **dict(model=models[1], device="cpu", seed=1, max_tokens=32, reward="helpfulness"),
+        **{key: found[key] for key in ("target", "beta", "alpha", "horizon", "segment_size")},
+    ).invoke("Hello!")
+    assert by_policy == reply.text + "\n"
+
+    for reward, message in (
+        ([], "`--policy` needs the `--reward` it was found for: helpfulness"),
+        (["--reward", "sentiment"], "was found for helpfulness, and not for sentiment"),
+    ):
+        code, out, err = said(capsys, *used, *reward, "--policy", str(policy))
+        assert (code, out) == (2, "")
+        assert message in err
+    found["reward_fingerprint"] = "another"
+    policy.write_text(json.dumps(found))
+    code, out, err = said(capsys, *used, "--reward", "helpfulness", "--policy", str(policy))
+    assert code == 2
+    assert "helpfulness, which has changed since" in err
+
+
+def test_calibration_wants_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    for path, message in (("empty.txt", "is empty"), ("none.txt", "No such file")):
+        code, out, err = said(
+            capsys, "calibrate", "--reward", "helpfulness", "--prompts", str(tmp_path / path)
+        )
+        assert (code, out) == (2, "")
+        assert message in err
+        assert err.count("\n") == 1
