@@ -23,7 +23,7 @@ def brief(completions: list[Chat], **_: object) -> list[float]:
 def judge(reward: Reward, reply: str) -> float:
     """Return what a reward says of a finished reply to the question."""
     chat = [{"role": "user", "content": QUESTION}]
-    [value] = engine_for("cpu").judge(
+    [value] = engine_for(safe.scorer.device).judge(
         reward, [chat], completion=Completion(text=reply, finished=True)
     )
     return float("nan") if value is None else value

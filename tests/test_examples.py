@@ -9,12 +9,14 @@ import json
 import os
 import runpy
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from langchain_stars.rewards import bundled
+from langchain_stars.engine import Engine
+from langchain_stars.rewards import bundled, classifiers
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -56,8 +58,21 @@ def test_a_guarded_chat_goes_on_where_it_ended(run: Any, tmp_path: Path):
 
 
 @needs_bundled
-def test_composed_rewards_are_what_replies_are_steered_by(run: Any):
+def test_composed_rewards_are_what_replies_are_steered_by(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+):
+    asked: set[str] = set()
+    judge = Engine.judge
+
+    def watched(engine: Engine, *arguments: Any, **keywords: Any) -> Any:
+        asked.add(engine.name)
+        return judge(engine, *arguments, **keywords)
+
+    monkeypatch.setattr(Engine, "judge", watched)
+    monkeypatch.setattr(classifiers, "_scorers", weakref.WeakValueDictionary())
+    monkeypatch.setattr(classifiers, "_default_device", lambda: "cpu:0")
     lines = run("compose_rewards.py").splitlines()
+    assert asked == {"cpu:0"}, "replies are judged where the rewards are"
     [header] = [line for line in lines if line.startswith("guard")]
     names = header.split()[2:]
     means = {}
