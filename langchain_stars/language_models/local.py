@@ -521,11 +521,12 @@ class LocalLanguageModel(LanguageModel):
 
     def unload(self) -> None:
         """Free the weights, for all that share them, and everything computed."""
-        self._drafter = None
-        with _REGISTRY_LOCK:
-            weights = _REGISTRY.pop(self._source, None)
-            users = [] if weights is None else list(weights.users)
-        if weights is not None:
+        weights = self._weights()
+        with weights.lock:  # what is being loaded is loaded first, and freed then
+            with _REGISTRY_LOCK:
+                if _REGISTRY.get(self._source) is weights:
+                    del _REGISTRY[self._source]
+                users = list(weights.users)
             weights.model = None
             for user in users:
                 user._drafter = user._shared = None
@@ -605,16 +606,17 @@ class LocalLanguageModel(LanguageModel):
 
     def _loaded(self) -> Drafter:
         """Return the drafter; load the weights and choose it, if that has not been done."""
-        drafter = self._drafter
-        if drafter is None:
+        while (drafter := self._drafter) is None:
             weights = self._weights()
             with weights.lock:
-                drafter = self._drafter
-                if drafter is None:
+                if weights is not self._weights():
+                    continue  # they were unloaded meanwhile
+                if self._drafter is None:
                     if weights.model is None:
                         weights.model = self._load()
-                    drafter = self._drafter = self._choose(self._network(weights.model), weights)
+                    self._drafter = self._choose(self._network(weights.model), weights)
                     self._most_rows = self._rows_that_fit()
+                return self._drafter
         return drafter
 
     def _load(self) -> Any:
