@@ -38,6 +38,7 @@ from langchain_stars.language_models.masks import TreeMask, causal_masks
 from langchain_stars.language_models.prompts import PromptStore
 from langchain_stars.language_models.sampling import Sampler
 from langchain_stars.packing import PackedLinear, can_pack, device_name
+from langchain_stars.ragged_cache import RaggedCache
 from langchain_stars.randomness import drafting_uniforms
 from langchain_stars.testing import check_language_model
 
@@ -877,6 +878,31 @@ def test_stored_prompts_are_given_up_before_anything_is_split(
     drafter = language_model._loaded()
     assert isinstance(drafter, RaggedDrafter)
     assert drafter.prompts.num_bytes == 0
+
+
+def test_a_prompt_that_finds_no_memory_is_not_stored_and_its_row_is_freed(
+    load: Callable[..., LocalLanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language_model = load()
+    prefix = Prefix(range(20, 60), partition="one")
+    wanted = language_model.draw([ask(Prefix(range(20, 60)))])
+
+    def take(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("made by the test")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RaggedCache, "take", take)
+        assert language_model.draw([ask(prefix)]) == wanted
+        assert language_model.counts.out_of_memory == 1
+        language_model.release(prefix)
+        assert language_model.counts.out_of_memory == 2
+    drafter = language_model._loaded()
+    assert isinstance(drafter, RaggedDrafter)
+    [pool] = drafter._pools.values()
+    assert not any(row is not None and row.prefix() is prefix for row in pool._rows)
+    assert drafter.prompts.num_bytes == 0
+    assert language_model.draw([ask(Prefix(range(20, 60), partition="one"))]) == wanted
+    assert drafter.prompts.num_bytes > 0
 
 
 # Loading

@@ -39,7 +39,7 @@ class Counts:
         reused: Tokens of prompts that were found computed by another request.
         forwards: Forward passes.
         rounds: Rounds.
-        out_of_memory: Times that a round ran out of memory and was done in parts.
+        out_of_memory: Times that memory ran out: a round was done in parts, or a prompt not stored.
     """
 
     prompt: int = 0
@@ -51,6 +51,16 @@ class Counts:
     forwards: int = 0
     rounds: int = 0
     out_of_memory: int = 0
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the memory of the device, or of the machine, has run out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in said or "can't allocate memory" in said
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -343,8 +353,9 @@ class _Row:
 class _Pool:
     """The rows of one lane and their buffers. One round at a time."""
 
-    def __init__(self, network: Network, prompts: PromptStore) -> None:
+    def __init__(self, network: Network, counts: Counts, prompts: PromptStore) -> None:
         self._network = network
+        self._counts = counts
         self._prompts = prompts
         self.busy = False
         self.cache: RaggedCache | None = None
@@ -360,14 +371,20 @@ class _Pool:
             return
         row = self._of.pop(prefix, None)
         if row is not None:
-            self.store(prefix, row)
             self._rows[row.index] = None
+            self.store(prefix, row)
 
     @torch.inference_mode()
     def store(self, prefix: Prefix, row: _Row) -> None:
-        """Store what a row holds of a prefix, if that is allowed and new."""
+        """Store what a row holds of a prefix, if that is allowed and new, and there is memory."""
         if self.cache is not None and self._prompts.wants(prefix.partition, row.ids):
-            states = self.cache.take(row.index, num_slots=len(row.ids))
+            try:
+                states = self.cache.take(row.index, num_slots=len(row.ids))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._counts.out_of_memory += 1  # what is not stored is only computed again
+                return
             self._prompts.put(prefix.partition, row.ids, states)
 
     def recall(self, prefix: Prefix, row: _Row) -> int:
@@ -551,7 +568,9 @@ class RaggedDrafter(Drafter):
     def round(self, requests: Sequence[Request]) -> Drafting:
         """Draft for all rows at once."""
         rooms = _rooms(self.network, requests)
-        pool = self._pools.setdefault(requests[0].prefix.lane, _Pool(self.network, self.prompts))
+        pool = self._pools.setdefault(
+            requests[0].prefix.lane, _Pool(self.network, self.counts, self.prompts)
+        )
         if pool.busy:
             raise RuntimeError("a round of this lane is under way; a lane has one at a time")
         pool.busy = True

@@ -39,6 +39,7 @@ from langchain_stars.language_models.drafters import (
     RaggedDrafter,
     RecomputeDrafter,
     SnapshotDrafter,
+    is_out_of_memory,
     ragged_error,
     snapshot_error,
 )
@@ -556,7 +557,7 @@ class LocalLanguageModel(LanguageModel):
         try:
             return (yield from _counting(drafter.round(requests), shown))
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         self.counts.out_of_memory += 1
         widest = max(request.count for request in requests)
@@ -785,7 +786,7 @@ class LocalLanguageModel(LanguageModel):
             _log.info("%s: the %s check failed: %s", self._name, way, type(failure).__name__)
             return False
         except RuntimeError as failure:
-            if _is_out_of_memory(failure):
+            if is_out_of_memory(failure):
                 raise
             _log.info("%s: the %s check failed: %s", self._name, way, type(failure).__name__)
             return False
@@ -878,15 +879,6 @@ def _dtype_of(model: Any) -> torch.dtype:
 
 def _itemsize(dtype: torch.dtype) -> int:
     return torch.empty((), dtype=dtype).element_size()
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in said or "can't allocate memory" in said
-    )
 
 
 def _windows(config: Any) -> dict[str, int | None] | None:
