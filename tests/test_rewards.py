@@ -1583,6 +1583,24 @@ def test_an_unloaded_model_is_freed_and_loaded_again_when_it_is_used(
     assert len(loads) == 2
 
 
+def test_a_model_that_is_unloaded_while_it_is_asked_answers(
+    make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = SequenceClassifier(make_folder("llama", num_labels=1, seed=12))
+    expected, load = scorer.score([request("Hello")]), scorer.load
+    unloading = threading.Thread(target=scorer.unload)
+
+    def load_and_be_unloaded() -> None:
+        load()
+        unloading.start()
+        unloading.join(0.2)
+
+    monkeypatch.setattr(scorer, "load", load_and_be_unloaded)
+    assert scorer.score([request("Hello")]) == expected
+    unloading.join()
+    assert scorer._runner is None
+
+
 def test_heads_of_one_model_are_read_from_one_pass(make_folder: Callable[..., Path]) -> None:
     folder = labelled(make_folder, problem_type="multi_label_classification")
     good, bad = (SequenceReward(folder, labels={label: 1.0}) for label in ("good", "bad"))
@@ -1612,6 +1630,11 @@ def test_the_identity_of_a_model_is_that_of_its_files(
     (copy / "model.safetensors").write_bytes(weights)
     assert SequenceReward(copy, revision="other").fingerprint != reward.fingerprint
     assert reward.versioned
+    before = reward.fingerprint
+    reward.load()
+    assert reward.scorer.view == "chat"
+    assert reward.fingerprint == before
+    assert SequenceReward(folder, view="reply").fingerprint != before
 
 
 def test_a_checkpoint_without_a_head_is_refused(language_model_folder: Path) -> None:

@@ -359,7 +359,7 @@ class SequenceClassifier(Scorer):
         if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"`dtype` must be the name of a type of torch, got {dtype!r}")
         self.name = os.fspath(model)
-        self.view = view
+        self.view = self._given_view = view
         self.closed = closed
         self._device = device or _default_device()
         self._source = _Source(
@@ -413,7 +413,7 @@ class SequenceClassifier(Scorer):
             "kind": "classifier",
             **self._source.identity,
             "chat_template": digest(self._chat_template) if self._chat_template else None,
-            "view": self.view,
+            "view": self._given_view,
             "closed": self.closed,
             "windows": self._windows,
             "max_length": self._max_length,
@@ -442,7 +442,7 @@ class SequenceClassifier(Scorer):
                 loaded = _load(self._source)
                 writer = _Writer(
                     loaded,
-                    view=self.view,
+                    view=self._given_view,
                     closed=self.closed,
                     max_length=self._max_length,
                     chat_template=self._chat_template,
@@ -459,10 +459,11 @@ class SequenceClassifier(Scorer):
         Raises:
             RewardError: A chat cannot be written in the model's template.
         """
-        self.load()
-        with self._lock, torch.inference_mode():
+        with self._lock:  # until it has answered nobody unloads it
+            self.load()
             assert self._runner is not None
-            return self._runner.score(requests)
+            with torch.inference_mode():
+                return self._runner.score(requests)
 
     def release(self, subject: Subject) -> None:
         """Drop what was read of a reply."""
