@@ -3,6 +3,9 @@
 Adds nothing to the package but choices, which the environment makes. Importing it loads nothing,
 and neither does making the graph: models are loaded at the first turn.
 
+Callers write the thread, its system message too, and so all of it is judged. A thread stays
+guarded once a message of it was sensitive, and once it has grown too long to be judged.
+
 Environment:
     STARS_MODEL: Hub id or folder of the language model; the bundled one if not set.
     STARS_DEVICE: As in `cpu` or `cuda`; the best there is if not set.
@@ -69,7 +72,7 @@ def _make_graph(*environment: tuple[str, str]) -> Graph:
     graph = create_guarded_chat(
         guarded=guarded,
         fast=guarded.unguarded(),
-        router=safety_router(floor=_read(values, "router_floor", float)),
+        router=safety_router(floor=_read(values, "router_floor", float), trusts_system=False),
         **({} if sticky_turns is None else {"sticky_turns": sticky_turns}),
     )
     return graph.compile(name="guarded_chat")

@@ -17,7 +17,7 @@ import unicodedata
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 from langchain_core.messages import (
     AIMessage,
@@ -57,8 +57,8 @@ Reason: TypeAlias = Literal[
 
 `safe` and `sensitive`: the thread was judged. `named`: a router said so and no more. `sticky`: an
 earlier turn was guarded. `failed`: the fast model did not answer. The others are doubts: an
-`empty` thread, an `unreadable` one (images, or more text than is judged), an answer that is no
-route (`unknown`), a `timeout`, an `error`.
+`empty` thread, an `unreadable` one (images, more text than is judged, letters that the reward does
+not know), an answer that is no route (`unknown`), a `timeout`, an `error`.
 """
 
 _MAX_HUNG = 32
@@ -94,38 +94,50 @@ Router: TypeAlias = (
 def safety_router(*, floor: float | None = None, **settings: Any) -> "RewardRouter":
     """Return the router that judges a thread with the bundled safety reward.
 
+    That reward knows English only. A thread with a message that is not even in Latin letters is
+    guarded without asking it; of other languages in Latin letters it does not know what it says.
+
     Args:
         floor: The reward below which a turn is guarded; the shipped one if not given.
-        settings: What `RewardRouter` takes.
+        settings: What `RewardRouter` takes; `latin_only` is true if not given.
     """
     from langchain_stars.rewards import bundled
 
     reward = bundled.safety()
-    return RewardRouter(reward, floor=reward.floor if floor is None else floor, **settings)
+    return RewardRouter(
+        reward,
+        floor=reward.floor if floor is None else floor,
+        **{"latin_only": True, **settings},
+    )
 
 
 class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
     """Guards a turn when a reward expects too little of a reply to it.
 
     The reward of the empty open reply says what a reply to the thread is expected to be worth.
-    Asked are the last `num_turns` turns: together, as the conversation that they are, and every
+    Asked are the last `num_turns` turns, as the conversation that they are, and of all turns every
     message by itself that somebody else than the assistant wrote (tool results too, and an
     assistant message that the reply would continue), so that nothing hides among harmless text.
     Each is judged as it is, and as it reads once invisible characters, look-alike letters and
-    the like are undone. The worst of these rewards decides.
+    the like are undone. The worst of these rewards decides: once a message was sensitive, every
+    later turn is guarded, for it can ask for the answer again without naming it.
 
-    The system message that begins a thread is the application's own and is not judged.
+    The system message that begins a thread is the application's own and is not judged, unless
+    `trusts_system` is false: say so where callers write the whole thread.
 
     Attributes:
         reward: What is asked.
         floor: The reward below which a turn is guarded, in the reward's units.
-        num_turns: Turns that are judged, at least 1.
+        num_turns: Turns that are judged together, at least 1.
         max_characters: Most characters, at least 100, judged at once.
         piece_characters: Characters, at least 20, of the pieces in which longer messages are judged
             too, each overlapping the one before by half: a sentence of a long message is noticed
             that the message around it would hide.
         max_views: Most pieces of text judged for a thread, at least 1; a thread that needs more is
-            guarded without asking.
+            guarded without asking, and so is every turn of a thread that has grown so long.
+        trusts_system: Whether the system message that begins a thread is left out.
+        latin_only: Whether the reward reads Latin letters only: a thread is guarded without asking
+            where most letters of a message, or of a piece of one, are others.
         timeout: Seconds, above 0, to wait for the reward; None is no limit.
         device: Device whose engine asks the reward; None is the one that its model is on.
 
@@ -136,6 +148,8 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
         max_characters: See above.
         piece_characters: See above.
         max_views: See above.
+        trusts_system: See above.
+        latin_only: See above.
         timeout: See above.
         device: See above.
 
@@ -152,6 +166,8 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
         max_characters: int = 2000,
         piece_characters: int = 300,
         max_views: int = 64,
+        trusts_system: bool = True,
+        latin_only: bool = False,
         timeout: float | None = 5.0,
         device: str | None = None,
     ) -> None:
@@ -180,6 +196,8 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
         self.max_characters = max_characters
         self.piece_characters = piece_characters
         self.max_views = max_views
+        self.trusts_system = trusts_system
+        self.latin_only = latin_only
         self.timeout = timeout
         self.device = device
 
@@ -203,7 +221,7 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
         **kwargs: Any,
     ) -> Decision:
         """Await the route of a thread, and why."""
-        chats = self._views(input)
+        chats = await asyncio.to_thread(self._views, input)
         if isinstance(chats, Decision):
             return chats
         engine = self._engine()
@@ -226,12 +244,16 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
                 num_turns=self.num_turns,
                 max_characters=self.max_characters,
                 piece_characters=self.piece_characters,
+                max_views=self.max_views,
+                trusts_system=self.trusts_system,
             )
         except UnreadableError:
             return Decision(route="guarded", reason="unreadable", floor=self.floor)
         if not chats:
             return Decision(route="guarded", reason="empty", floor=self.floor)
-        if len(chats) > self.max_views:
+        if self.latin_only and any(
+            len(chat) == 1 and _is_foreign(chat[0]["content"]) for chat in chats
+        ):
             return Decision(route="guarded", reason="unreadable", floor=self.floor)
         return chats
 
@@ -405,14 +427,29 @@ async def _awaited(answer: Awaitable[Any]) -> Any:
 
 
 def _checked(answer: Any) -> Decision:
-    """Return a decision; an answer that is no route is doubt."""
-    if isinstance(answer, Decision) and answer.route in ROUTES:
-        return answer
+    """Return a decision of plain words and numbers; an answer that is no route is doubt."""
+    said = answer if isinstance(answer, Decision) else Decision(route=answer)
     for route in ROUTES:
-        if isinstance(answer, str) and answer == route:
-            return Decision(route=route)
+        for reason in get_args(Reason):
+            # What is kept is never the router's own object: it may be text of users.
+            if _is_word(said.route, route) and _is_word(said.reason, reason):
+                numbers = {"reward": _number(said.reward), "floor": _number(said.floor)}
+                return Decision(route=route, reason=reason, **numbers)
     _log.warning("the router answered %s, which is no route", type(answer).__name__)
     return Decision(route="guarded", reason="unknown")
+
+
+def _is_word(said: Any, word: str) -> bool:
+    return isinstance(said, str) and said == word
+
+
+def _number(said: Any) -> float | None:
+    """Return a number that is finite, whatever holds it; raise where there is none."""
+    if said is None:
+        return None
+    if isinstance(said, (str, bytes)) or not math.isfinite(number := float(said)):
+        raise ValueError(f"a router answered {type(said).__name__} where a number belongs")
+    return number
 
 
 def _doubt(error: Exception) -> Decision:
@@ -430,7 +467,7 @@ _Part: TypeAlias = tuple[str, str]
 
 
 class UnreadableError(ValueError):
-    """A message holds something that is not text; says of which type it is, and no more."""
+    """A thread holds what cannot be judged; says of which type or how much, and no more."""
 
 
 def views(
@@ -439,39 +476,56 @@ def views(
     num_turns: int,
     max_characters: int,
     piece_characters: int,
+    max_views: int,
+    trusts_system: bool,
 ) -> list[Chat]:
     """Return the chats, each to be judged with an empty reply, that show what a thread asks.
 
     Args:
         messages: The thread.
-        num_turns: Turns from the end that are shown, at least 1. A turn begins at a human message
-            that does not follow another.
+        num_turns: Turns from the end that are shown together, at least 1. A turn begins at a human
+            message that does not follow another.
         max_characters: Most characters of a chat; a message that is longer is shown in pieces.
         piece_characters: Characters of pieces in which messages that are longer are shown too.
+        max_views: Most chats, at least 1.
+        trusts_system: Whether the system message that begins the thread is left out.
 
     Raises:
-        UnreadableError: A message holds something that is not text.
+        UnreadableError: A message holds something that is not text, or there are more chats.
     """
-    turns = _turns(messages)[-num_turns:]
+    turns = _turns(messages, trusts_system=trusts_system)
+    earlier, latest = turns[:-num_turns], turns[-num_turns:]
+    judged = [[part for part in turn if part[0] == "user"] for turn in earlier] + latest
+    # Pieces overlap by half. Checked first, for to undo the disguises of a long text takes seconds.
+    num_characters = sum(len(text) for turn in judged for _, text in turn)
+    if num_characters > (max_views + 1) * max_characters // 2:
+        raise UnreadableError(f"{num_characters} characters are more than {max_views} chats show")
     chats: dict[tuple[_Part, ...], None] = {}
     for plain in (_as_it_is, _as_it_reads, _with_what_it_hides):
-        whole = _merged((role, plain(text)) for turn in turns for role, text in turn)
+        shown = [[(role, plain(text)) for role, text in turn] for turn in judged]
+        whole = _merged(part for turn in shown[len(earlier) :] for part in turn)
         chats.update(dict.fromkeys(_last(whole, max_characters)))
-        for turn in turns:
-            texts = [plain(text) for role, text in turn if role == "user"]
+        for turn in shown:
+            texts = [text for role, text in turn if role == "user"]
             for text in (*texts, "\n\n".join(texts)):
                 for length in (max_characters, piece_characters):
                     for piece in _pieces(text.strip(), length):
                         chats[(("user", piece),)] = None
+            if len(chats) > max_views:
+                raise UnreadableError(f"the thread takes more than {max_views} chats")
     return [[{"role": role, "content": text} for role, text in chat] for chat in chats if chat]
 
 
-def _turns(messages: Sequence[BaseMessage]) -> list[list[_Part]]:
+def _turns(messages: Sequence[BaseMessage], *, trusts_system: bool) -> list[list[_Part]]:
     """Return role and text of the messages, by turns; whatever may be anybody's is the user's."""
     kept = [message for message in messages if not isinstance(message, RemoveMessage)]
-    if kept and isinstance(kept[0], SystemMessage):
+    begun = bool(kept) and isinstance(kept[0], SystemMessage)
+    if begun and trusts_system:
         del kept[0]
-    first = next((i for i, message in enumerate(kept) if not _is_reply(message)), len(kept))
+        begun = False
+    first = next(
+        (i for i, message in enumerate(kept) if i >= begun and not _is_reply(message)), len(kept)
+    )
     last = next(
         (len(kept) - i for i, message in enumerate(reversed(kept)) if not _is_reply(message)), 0
     )
@@ -548,12 +602,21 @@ def _pieces(text: str, length: int) -> list[str]:
     ]
 
 
+def _is_foreign(text: str) -> bool:
+    """Return whether most letters are not Latin, however Latin ones are written."""
+    letters = [char for char in unicodedata.normalize("NFKC", text) if char.isalpha()]
+    num_latin = sum(char < "\u0250" or "\u1e00" <= char <= "\u1eff" for char in letters)
+    return len(letters) > 2 * num_latin
+
+
 # How a text reads
 
 _TAGS = range(0xE0020, 0xE007F)
 _SELECTORS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]+")
-_OVERLAYS = re.compile("[\u0334-\u0338\u20d0-\u20ff]")
-_FILLERS = dict.fromkeys([0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164])
+_OVERLAYS = re.compile(
+    "[\u0334-\u0338\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]"
+)
+_FILLERS = dict.fromkeys([0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0x1D159])
 _MARKS = re.compile("[\u0300-\u036f]+")
 _LATIN = re.compile("[A-Za-z]")
 _WORDS = re.compile("[\\w\u0300-\u036f]+")
