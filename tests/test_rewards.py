@@ -1437,6 +1437,41 @@ def test_extreme_logits_stay_in_the_range(make_folder: Callable[..., Path]) -> N
             assert reward.range[0] <= reward.read(raw) <= reward.range[1]
 
 
+def test_a_logit_that_is_not_finite_rejects(make_folder: Callable[..., Path]) -> None:
+    for settings in ({}, {"problem_type": "multi_label_classification"}):
+        folder = labelled(make_folder, **settings)
+        for activation in (None, "none"):
+            reward = SequenceReward(folder, labels={"bad": 1.0}, activation=activation)
+            assert math.isfinite(reward.read((0.3, 0.0, 0.0)))
+            for broken in (math.inf, -math.inf, math.nan):
+                for place in range(3):
+                    raw = [0.3, 0.0, 0.0]
+                    raw[place] = broken
+                    assert math.isnan(reward.read(tuple(raw)))
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_model_that_breaks_is_told_from_a_reply_that_is_too_long(
+    windows: bool, reward_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scorer = SequenceClassifier(reward_folder, device="cpu", windows=windows, max_length=40)
+    assert not math.isnan(scorer.score([request("Hello")])[0][0][0])
+    assert caplog.messages == []
+    model = scorer._runner._loaded.model  # type: ignore[union-attr]
+    weight = model.score.weight.clone()
+    try:
+        model.score.weight.fill_(math.nan)
+        scorer.score([request("Hello", "Bread " * 40)])
+    finally:
+        model.score.weight.copy_(weight)
+    long = ["1 replies are too long for llama, which reads at most 40 tokens: rejected"]
+    count = 2 if windows else 1
+    assert caplog.messages == [
+        *(long if not windows else []),
+        f"{count} replies have no finite logits of llama: rejected",
+    ]
+
+
 def test_a_reward_model_gives_its_logit(reward_folder: Path) -> None:
     reward = SequenceReward(reward_folder, target=2.0, beta=0.5, name="liking")
     assert reward.read((1.7,)) == 1.7

@@ -266,6 +266,8 @@ def _worths(
 
 
 def _worth(logits: Sequence[float], worths: Sequence[float], activation: Activation) -> float:
+    if not all(map(math.isfinite, logits)):  # the model broke, even where this one is worth 0
+        return math.nan
     if activation == "softmax":
         greatest = max(logits)
         powers = [math.exp(logit - greatest) for logit in logits]
@@ -275,8 +277,7 @@ def _worth(logits: Sequence[float], worths: Sequence[float], activation: Activat
         values = [_sigmoid(logit) for logit in logits]
     else:
         values = list(logits)
-    # What is worth nothing is left out: 0 times an infinity is no number.
-    return sum(worth * value for worth, value in zip(worths, values, strict=True) if worth)
+    return sum(worth * value for worth, value in zip(worths, values, strict=True))
 
 
 def _sigmoid(logit: float) -> float:
@@ -1024,6 +1025,7 @@ class _Runner:
             pieces.append(counts)
         logits = self._run(texts)
         nothing = (math.nan,) * self._num_labels
+        num_long = sum(not of_candidate for of_request in pieces for of_candidate in of_request)
         answers = [
             [
                 tuple(value for index in of_candidate for value in logits[index]) or nothing
@@ -1031,7 +1033,7 @@ class _Runner:
             ]
             for of_request in pieces
         ]
-        self._warn(answers)
+        self._warn(answers, num_long)
         return answers
 
     def _prompt(self, subject: Subject) -> _Prompt:
@@ -1149,14 +1151,23 @@ class _Runner:
             for one, other in zip(together, alone, strict=True)
         )
 
-    def _warn(self, answers: Sequence[Sequence[Raw]]) -> None:
-        num_long = sum(math.isnan(raw[0]) for of_request in answers for raw in of_request)
+    def _warn(self, answers: Sequence[Sequence[Raw]], num_long: int) -> None:
+        model_type = self._loaded.model.config.model_type
         if num_long:
             _log.warning(
                 "%d replies are too long for %s, which reads at most %s tokens: rejected",
                 num_long,
-                self._loaded.model.config.model_type,
+                model_type,
                 self._writer.max_length,
+            )
+        num_rejected = sum(
+            not all(map(math.isfinite, raw)) for of_request in answers for raw in of_request
+        )
+        if num_rejected > num_long:
+            _log.warning(
+                "%d replies have no finite logits of %s: rejected",
+                num_rejected - num_long,
+                model_type,
             )
 
 
@@ -1190,6 +1201,7 @@ class _KeepingRunner(_Runner):
         answers: list[list[Raw]] = []
         readings: list[Reading] = []
         places: list[tuple[int, int]] = []
+        num_long = 0
         for index, (request, (accepted, *candidates)) in enumerate(
             zip(requests, self._write(with_accepted), strict=True)
         ):
@@ -1203,6 +1215,8 @@ class _KeepingRunner(_Runner):
                 if limit is None or len(prompt.all_ids) + len(ids) <= limit:
                     fitting.append(ids)
                     places.append((index, place))
+                else:
+                    num_long += 1
             if fitting:
                 readings.append(
                     Reading(
@@ -1217,5 +1231,5 @@ class _KeepingRunner(_Runner):
         for (index, place), output in zip(places, outputs, strict=True):
             if len(output) == self._num_labels:  # else there was nothing to read
                 answers[index][place] = tuple(output.tolist())
-        self._warn(answers)
+        self._warn(answers, num_long)
         return answers
