@@ -823,6 +823,22 @@ def test_a_prompt_that_begins_like_another_of_its_partition_is_not_forwarded_aga
         assert language_model.draw([ask(other)]) == [plain.draw(ask(other))]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_long_prompt_that_is_partly_known_is_fed_beside_one_that_is_not(
+    family: str, load: Callable[..., LocalLanguageModel]
+) -> None:
+    language_model = load(family)
+    plain = plainly(language_model)
+    numbers = random.Random(2)
+    long, other = ([numbers.randrange(20, 300) for _ in range(size)] for size in (255, 137))
+    known = Prefix(long[:140], partition="one")
+    language_model.draw([ask(known)])
+    language_model.release(known)
+    requests = [ask(Prefix(long, partition="one")), ask(Prefix(other))]
+    assert language_model.draw(requests) == [plain.draw(request) for request in requests]
+    assert language_model.counts.reused == 140
+
+
 def test_without_a_store_every_prompt_is_forwarded(
     load: Callable[..., LocalLanguageModel],
 ) -> None:

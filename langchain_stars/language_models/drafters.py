@@ -769,7 +769,7 @@ class RaggedDrafter(Drafter):
         # A row that ended in an earlier chunk waits where its tokens would go on.
         starts = [len(rows[at].ids) for at in group]
         places = torch.tensor(starts, device=device)[:, None] + torch.arange(queries, device=device)
-        limit = max(starts) + queries
+        limit = min(max(starts) + queries, pool.cache.num_slots)  # beyond it is padding only
         slots: Tensor | int = places.clamp(max=pool.cache.num_slots - 1)
         mask = None
         if max(starts) == 0 and self._uniform(starts, limit):
