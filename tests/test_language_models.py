@@ -1,7 +1,10 @@
 """The local language model draws what plain recomputation draws, whatever it keeps and shares."""
 
+import contextlib
 import gc
 import json
+import multiprocessing
+import os
 import random
 import threading
 import weakref
@@ -919,6 +922,58 @@ def test_a_prompt_that_finds_no_memory_is_not_stored_and_its_row_is_freed(
     assert drafter.prompts.num_bytes == 0
     assert language_model.draw([ask(Prefix(range(20, 60), partition="one"))]) == wanted
     assert drafter.prompts.num_bytes > 0
+
+
+# Forking
+
+
+def _child(connection: Any, language_model: LocalLanguageModel, request: Request) -> None:
+    drafted = language_model.draw([request])
+    language_model._given_tokenizer = language_model.__dict__.pop("tokenizer")
+    connection.send((drafted, language_model.encode_text("Hello"), language_model.drafts))
+    connection.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only where processes fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_forked_in_a_round_with_locks_held_draws_and_encodes(
+    load: Callable[..., LocalLanguageModel],
+) -> None:
+    language_model = load()
+    wanted = language_model.draw([ask(Prefix(range(20, 30)), count=2)])
+    encoded = language_model.encode_text("Hello")
+    under_way = language_model.drafting([ask(Prefix(range(40, 60)))])
+    next(under_way)
+    locks = [language_model._tokenizer_lock, language_model._weights().lock]
+    locks += [lock for lock in [getattr(LocalLanguageModel.tokenizer, "lock", None)] if lock]
+    held, forked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with contextlib.ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            held.set()
+            forked.wait(60)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert held.wait(10)
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    request = ask(Prefix(range(20, 30)), count=2)
+    process = context.Process(target=_child, args=(theirs, language_model, request))
+    process.start()
+    forked.set()
+    answered = ours.poll(20)
+    if not answered:
+        process.kill()
+    other.join(10)
+    process.join(10)
+    assert answered
+    assert ours.recv() == (wanted, encoded, "ragged")
+    assert process.exitcode == 0
+    under_way.close()
+    assert language_model.draw([request]) == wanted  # the parent's work is as it was
 
 
 # Loading

@@ -146,20 +146,31 @@ class _Weights:
 
 _REGISTRY: WeakValueDictionary[_Source, _Weights] = WeakValueDictionary()
 _LOADED: dict[tuple[Any, ...], "LocalLanguageModel"] = {}
+_ALL: WeakSet["LocalLanguageModel"] = WeakSet()
 _NUMBERS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 _next_number = itertools.count(1)
 _REGISTRY_LOCK = threading.RLock()
 
 
-def _renew_locks() -> None:
-    """Replace locks that another thread may have held when this process was forked."""
+def _renew() -> None:
+    """Replace, in a forked child, what another thread may have held or half written.
+
+    Weights stay: nobody writes them. What was computed for prefixes is computed anew.
+    """
     global _REGISTRY_LOCK
     _REGISTRY_LOCK = threading.RLock()
-    for weights in _REGISTRY.values():
+    for weights in list(_REGISTRY.values()):
         weights.lock = threading.RLock()
+    for language_model in list(_ALL):
+        language_model._tokenizer_lock = threading.Lock()
+        language_model._drafter = None
+    for attribute in vars(LocalLanguageModel).values():
+        if isinstance(attribute, cached_property) and hasattr(attribute, "lock"):
+            attribute.lock = threading.RLock()  # before Python 3.12 one for all instances
 
 
-os.register_at_fork(after_in_child=_renew_locks)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 def _number_of(model: Any) -> int:
@@ -298,6 +309,7 @@ class LocalLanguageModel(LanguageModel):
         self._most_candidates = _MOST_CANDIDATES
         self._most_rows: int | None = None
         self.counts = Counts()
+        _ALL.add(self)
 
     def __repr__(self) -> str:
         return f"LocalLanguageModel({self._name!r}, device={self._device!r})"
