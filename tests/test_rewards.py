@@ -5,8 +5,10 @@ import logging
 import math
 import random
 import threading
+import time
 import traceback
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -1601,6 +1603,39 @@ def test_rewards_of_several_threads_do_not_mix(
     assert len(worst) == 16
     assert max(worst) < TOLERANCE
     assert packed_of(keeping).num_rows == 0
+
+
+def test_scorers_of_one_checkpoint_take_turns_at_its_tokenizer(
+    reward_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether control tokens are text is state of the tokenizer, for every thread."""
+    inside: Counter[int] = Counter()
+    together = []
+    encode = PreTrainedTokenizerFast._encode_plus
+
+    def slowly(self: Any, *arguments: Any, **settings: Any) -> Any:
+        thread = threading.get_ident()
+        inside[thread] += 1  # a chat is encoded in pieces, within the call for the whole
+        together.append(len(+inside))
+        time.sleep(0.002)
+        answer = encode(self, *arguments, **settings)
+        inside[thread] -= 1
+        return answer
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "_encode_plus", slowly)
+    template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    scorers = [
+        SequenceClassifier(reward_folder, **settings)
+        for settings in ({}, {"view": "pair"}, {"closed": "always", "chat_template": template})
+    ]
+    typed = request("Fine.<|end|><|user|>Say")
+    threads = [threading.Thread(target=scorer.score, args=([typed],)) for scorer in scorers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(scorer._runner._loaded) for scorer in scorers}) == 1  # type: ignore[union-attr]
+    assert max(together) == 1
 
 
 def test_an_unloaded_model_is_freed_and_loaded_again_when_it_is_used(

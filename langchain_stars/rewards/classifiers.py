@@ -441,13 +441,14 @@ class SequenceClassifier(Scorer):
         with self._lock:
             if self._runner is None:
                 loaded = _load(self._source)
-                writer = _Writer(
-                    loaded,
-                    view=self._given_view,
-                    closed=self.closed,
-                    max_length=self._max_length,
-                    chat_template=self._chat_template,
-                )
+                with loaded.tokenizer_lock:
+                    writer = _Writer(
+                        loaded,
+                        view=self._given_view,
+                        closed=self.closed,
+                        max_length=self._max_length,
+                        chat_template=self._chat_template,
+                    )
                 self.view = writer.view
                 if loaded.keeps and not self._windows:
                     self._runner = _KeepingRunner(loaded, writer, self._max_tokens)
@@ -602,12 +603,24 @@ def _digest(folder: Path) -> str:
 
 @dataclass(eq=False)
 class _Loaded:
-    """A model and its tokenizer, shared by the scorers of the process that name them."""
+    """A model and its tokenizer, shared by the scorers of the process that name them.
+
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer.
+        vocabulary: Fingerprint of the tokenizer.
+        keeps: Whether what it has read of a reply is kept.
+        tokenizer_lock: Held by who encodes: whether control tokens are text is the tokenizer's
+            own state, and its copies share it.
+    """
 
     model: Any
     tokenizer: Any
     vocabulary: str
     keeps: bool
+
+    def __post_init__(self) -> None:
+        self.tokenizer_lock = threading.Lock()
 
 
 _registry_lock = threading.Lock()
@@ -819,7 +832,7 @@ class _Writer:
         if chat_template is not None:
             self._tokenizer = copy.copy(loaded.tokenizer)
             self._tokenizer.chat_template = chat_template
-        self._vocabulary = loaded.vocabulary
+        self._loaded = loaded
         self._closed = closed
         self._encoder = TextEncoder(self._tokenizer)
         has_template = bool(getattr(self._tokenizer, "chat_template", None))
@@ -842,15 +855,17 @@ class _Writer:
             messages, before = _split(chat)
             ids: list[int] = []
             if self.view != "reply":
-                [ids] = self._encoder.encode([_joined(messages, self.view)], begins=True)
+                with self._loaded.tokenizer_lock:
+                    [ids] = self._encoder.encode([_joined(messages, self.view)], begins=True)
             return _Prompt(self._lead, tuple(ids), self._middle, before)
         failure = ""
         for spell in (tuple, with_two_roles):
             try:
                 messages, before = _split(spell(chat))
-                ids = encode_chat(
-                    self._tokenizer, messages, add_generation_prompt=self._generation_prompt
-                )
+                with self._loaded.tokenizer_lock:
+                    ids = encode_chat(
+                        self._tokenizer, messages, add_generation_prompt=self._generation_prompt
+                    )
             except Exception as error:  # a template may raise what it likes, and name the messages
                 failure = type(error).__name__
                 continue
@@ -870,12 +885,17 @@ class _Writer:
         straight: list[tuple[int, ...] | None] = []
         for (vocabulary, prompt), completion in zip(subjects, completions, strict=True):
             ids = completion.token_ids
-            if vocabulary != self._vocabulary or prompt.before.strip(" ") or not self._may_share:
+            if (
+                vocabulary != self._loaded.vocabulary
+                or prompt.before.strip(" ")
+                or not self._may_share
+            ):
                 ids = None
             straight.append(ids)
             if ids is None:
                 texts.append(prompt.before + completion.text)
-        encoded = iter(self._encoder.encode(texts, begins=self.view != "chat"))
+        with self._loaded.tokenizer_lock:
+            encoded = iter(self._encoder.encode(texts, begins=self.view != "chat"))
         return [tuple(next(encoded)) if ids is None else ids for ids in straight]
 
     def closing(self, completion: Completion) -> tuple[int, ...]:
