@@ -30,6 +30,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     DynamicCache,
     LlamaConfig,
@@ -59,7 +60,10 @@ COMMAND = "langchain-stars benchmark"
 _TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _BUCKET = 256
-_BARRIER_ROWS = 64
+_MANY_ROWS = 64
+_ALONE = (1,)
+_SEVERAL = tuple(range(1, 17))
+"""Numbers of candidates among which a ceiling is looked for."""
 
 
 # Models
@@ -171,12 +175,12 @@ class Scale:
     tokens: int = 128
     pairs: int = 5
     long_pairs: int = 3
-    barrier_rows: int = _BARRIER_ROWS
+    barrier_rows: int = _MANY_ROWS
     barrier_segments: int = 9
     prompts: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     shares: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-    memory_rounds: int = 1000
+    memory_rounds: int = 24
 
 
 CPU_MODEL = Shape(layers=8, width=768, heads=12, kept_heads=4, inner=2048)
@@ -202,7 +206,6 @@ _LESS: dict[str, Any] = {
     "prompts": (128, 512, 1024),
     "rows": (1, 4, 16),
     "shares": (1 / 8, 1 / 2),
-    "memory_rounds": 100,
 }
 
 
@@ -547,7 +550,7 @@ class Bench:
                 policy=policy,
                 max_tokens=tokens,
                 seed=prompt.ids[0],
-                max_queue=len(prompts) + _BARRIER_ROWS,
+                max_queue=len(prompts) + _MANY_ROWS,
                 priority=priority,
                 segment_size=SEGMENT_SIZE,
             )
@@ -581,107 +584,169 @@ class Bench:
             texts=tuple(text for text, _ in told),
         )
 
-    def run_concurrently(
-        self, prompts: Sequence[_Prompt], *, policy: Policy | None, tokens: int, max_rows: int
-    ) -> Sample:
-        """Have as many threads as prompts ask for one reply each."""
+    def side(
+        self,
+        replies: int,
+        probability: float | None = None,
+        *,
+        tokens: int | None = None,
+        candidates: int | None = None,
+        shape: Shape | None = None,
+        length: int | None = None,
+        max_rows: int | None = None,
+        way: str = "",
+        **how: Any,
+    ) -> Side:
+        """Return a side of which each pair has prompts and coins of its own, as all sides have.
 
-        def ask(prompt: _Prompt) -> Sample:
-            return self.run([prompt], policy=policy, tokens=tokens, max_rows=max_rows)
+        Args:
+            replies: Replies of a sample.
+            probability: Chance that an attempt is accepted; None is the plain decoder.
+            tokens: Tokens of a reply.
+            candidates: Most candidates at once.
+            shape: Of the reward.
+            length: Tokens of a prompt.
+            max_rows: Rows of the engine; one for each reply if not given.
+            way: `"concurrent"` asks from a thread for each reply.
+            how: More arguments of `run`.
+        """
+        num_tokens = tokens or self.scale.tokens
+        rows = max_rows or replies
 
-        with ThreadPoolExecutor(len(prompts)) as threads:
-            begin = time.perf_counter()
-            samples = list(threads.map(ask, prompts))
-        return Sample(
-            seconds=time.perf_counter() - begin,
-            num_tokens=sum(sample.num_tokens for sample in samples),
-        )
+        def side(pair: int) -> Sample:
+            prompts = self.prompts(1000 * pair, replies, length)
+            policy = None
+            if probability is not None:
+                policy = self.policy(
+                    prompts,
+                    probability,
+                    tokens=num_tokens,
+                    seed=pair,
+                    candidates=candidates,
+                    shape=shape,
+                )
+
+            def ask(some: Sequence[_Prompt]) -> Sample:
+                return self.run(some, policy=policy, tokens=num_tokens, max_rows=rows, **how)
+
+            if way != "concurrent":
+                return ask(prompts)
+            with ThreadPoolExecutor(replies) as threads:
+                begin = time.perf_counter()
+                samples = list(threads.map(ask, [[prompt] for prompt in prompts]))
+            return Sample(
+                seconds=time.perf_counter() - begin,
+                num_tokens=sum(sample.num_tokens for sample in samples),
+            )
+
+        return side
 
     # The peers' sides
 
-    def generate(self, prompts: Sequence[_Prompt], *, tokens: int) -> Sample:
-        """Have transformers reply to some prompts in one batch."""
-        ids = torch.tensor([prompt.ids for prompt in prompts], device=self.scale.device)
-        begin = time.perf_counter()
-        with torch.inference_mode():
-            output = self.peer.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=tokens,
-                pad_token_id=0,
-            )
-        num_tokens = output[:, ids.shape[1] :].cpu().numel()
-        return Sample(seconds=time.perf_counter() - begin, num_tokens=num_tokens)
+    def generating(self, replies: int, *, batch: int) -> Side:
+        """Return the side of transformers' `generate`, batch after batch."""
+
+        def side(pair: int) -> Sample:
+            prompts = self.prompts(1000 * pair, replies)
+            num_tokens = 0
+            begin = time.perf_counter()
+            for at in range(0, replies, batch):
+                of_batch = [prompt.ids for prompt in prompts[at : at + batch]]
+                ids = torch.tensor(of_batch, device=self.scale.device)
+                with torch.inference_mode(), _quiet():
+                    output = self.peer.generate(
+                        ids,
+                        attention_mask=torch.ones_like(ids),
+                        do_sample=True,
+                        temperature=1.0,
+                        top_k=0,
+                        top_p=1.0,
+                        max_new_tokens=self.scale.tokens,
+                        pad_token_id=0,
+                    )
+                num_tokens += output[:, ids.shape[1] :].cpu().numel()
+            return Sample(seconds=time.perf_counter() - begin, num_tokens=num_tokens)
+
+        return side
 
     @cached_property
     def _paged(self) -> Any:
         return share_weights(self.peer)
 
-    def batch_continuously(self, prompts: Sequence[_Prompt], *, tokens: int) -> Sample:
-        """Have the continuous batching of transformers reply to some prompts."""
+    def batching(self, replies: int) -> Side:
+        """Return the side of transformers' continuous batching."""
         from transformers import GenerationConfig
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
         generation = GenerationConfig(
-            do_sample=True, max_new_tokens=tokens, eos_token_id=-1, pad_token_id=0, top_k=0
+            do_sample=True,
+            max_new_tokens=self.scale.tokens,
+            eos_token_id=-1,
+            pad_token_id=0,
+            top_k=0,
         )
-        begin = time.perf_counter()
-        replies = self._paged.generate_batch(
-            [list(prompt.ids) for prompt in prompts],
-            generation_config=generation,
-            continuous_batching_config=ContinuousBatchingConfig(
-                block_size=16, num_blocks=max(64, 2 * len(prompts) * (len(prompts[0].ids) // 8))
-            ),
-        )
-        return Sample(
-            seconds=time.perf_counter() - begin,
-            num_tokens=sum(len(reply.generated_tokens) for reply in replies.values()),
+        length = self.scale.prompt + self.scale.tokens
+        settings = ContinuousBatchingConfig(
+            block_size=16, num_blocks=max(64, replies * (length // 16 + 2))
         )
 
-    def cards(self, prompts: Sequence[_Prompt], probability: float, *, tokens: int) -> Sample:
-        """Run the loop of CARDS' published code, with segments of a fixed size.
+        def side(pair: int) -> Sample:
+            prompts = [list(prompt.ids) for prompt in self.prompts(1000 * pair, replies)]
+            begin = time.perf_counter()
+            with _quiet():
+                answers = self._paged.generate_batch(
+                    prompts,
+                    generation_config=generation,
+                    continuous_batching_config=settings,
+                )
+            return Sample(
+                seconds=time.perf_counter() - begin,
+                num_tokens=sum(len(answer.generated_tokens) for answer in answers.values()),
+            )
 
-        One prompt at a time; every token by a pass over all that was written, whose logits are
-        computed for every position; every attempt judged by a pass over the whole text; nothing
-        kept in between, and nothing that ends a reply early.
+        return side
+
+    def recomputing(self, probability: float) -> Side:
+        """Return the side of CARDS' published loop, one prompt, with segments of a fixed size.
+
+        Every token by a pass over all that was written, whose logits are computed for every
+        position; every attempt judged by a pass over the whole text; nothing kept in between,
+        and nothing that ends a reply early.
 
         Source:
             Li et al., COLM 2025, re-implemented from a description of its code; sampling from
             the 40 likeliest tokens, at most 20 attempts.
         """
-        each = math.ceil(tokens / SEGMENT_SIZE)
-        needed = stratified_attempts(probability, each * len(prompts), seed=0)
-        self.classifier()
         reward = self._plain_reward
-        num_attempts = num_tokens = 0
-        begin = time.perf_counter()
-        with torch.inference_mode():
-            for at, prompt in enumerate(prompts):
-                kept = torch.tensor([prompt.ids], device=self.scale.device)
-                reward(input_ids=kept, use_cache=False)  # the threshold begins at the prompt's
-                for segment in range(each):
-                    for attempt in itertools.count(1):
-                        text = kept
-                        for _ in range(SEGMENT_SIZE):
-                            logits = self.peer(input_ids=text, use_cache=False).logits[:, -1]
-                            best = logits.float().topk(40)
-                            drawn = torch.multinomial(best.values.softmax(-1), 1)
-                            text = torch.cat([text, best.indices.gather(-1, drawn)], dim=-1)
-                        float(reward(input_ids=text, use_cache=False).logits)
-                        num_attempts += 1
-                        if attempt >= needed[at * each + segment]:
-                            break
-                    kept = text
-                num_tokens += kept.shape[1] - len(prompt.ids)
-        return Sample(
-            seconds=time.perf_counter() - begin,
-            num_tokens=num_tokens,
-            num_attempts=num_attempts,
-        )
+
+        def attempt(text: Tensor) -> Tensor:
+            for _ in range(SEGMENT_SIZE):
+                logits = self.peer(input_ids=text, use_cache=False).logits[:, -1]
+                best = logits.float().topk(40)
+                drawn = torch.multinomial(best.values.softmax(-1), 1)
+                text = torch.cat([text, best.indices.gather(-1, drawn)], dim=-1)
+            float(reward(input_ids=text, use_cache=False).logits)
+            return text
+
+        @torch.inference_mode()
+        def side(pair: int) -> Sample:
+            [prompt] = self.prompts(1000 * pair, 1)
+            each = math.ceil(self.scale.tokens / SEGMENT_SIZE)
+            needed = stratified_attempts(probability, each, seed=pair)
+            begin = time.perf_counter()
+            kept = torch.tensor([prompt.ids], device=self.scale.device)
+            reward(input_ids=kept, use_cache=False)  # the threshold begins at the prompt's
+            for count in needed:
+                for _ in range(count):
+                    text = attempt(kept)
+                kept = text
+            return Sample(
+                seconds=time.perf_counter() - begin,
+                num_tokens=kept.shape[1] - len(prompt.ids),
+                num_attempts=sum(needed),
+            )
+
+        return side
 
     @cached_property
     def _plain_reward(self) -> Any:
@@ -911,35 +976,6 @@ def _number(value: float) -> str:
 Samples: TypeAlias = dict[str, list[Sample]]
 
 
-def _ratios(samples: Samples, over: str, under: str) -> list[float]:
-    """Return the ratio of two sides' rates, pair by pair."""
-    pairs = zip(samples[over], samples[under], strict=True)
-    return [one.rate / other.rate for one, other in pairs]
-
-
-def _row(
-    identifier: str,
-    name: str,
-    values: Sequence[float],
-    gate: str = "",
-    *,
-    ceiling: float | None = None,
-    counts: str = "",
-) -> Result:
-    """Return a row; `gate` is written as `>= 0.9`, `<= 1.1` or `= 1`."""
-    value = statistics.median(values)
-    return Result(
-        id=identifier,
-        name=name,
-        value=value,
-        spread=(min(values), max(values)) if len(values) > 1 else None,
-        gate=gate,
-        holds=_holds(value, gate),
-        ceiling=ceiling,
-        counts=counts,
-    )
-
-
 def _holds(value: float, gate: str) -> bool | None:
     if not gate:
         return None
@@ -968,10 +1004,28 @@ class Benchmark:
     ) -> None:
         self.bench = bench
         self.scale = bench.scale
+        self.results = Results()
         self._only = only
         self._progress = progress or (lambda name, count: lambda: None)
-        self.results = Results()
-        self._measured: dict[str, Samples] = {}
+
+    @property
+    def groups(self) -> dict[str, Callable[[], None]]:
+        """What is measured together, in order."""
+        return {
+            "step times": self._machine,
+            "one row": self._one_row,
+            "eight rows": self._eight_rows,
+            "continuous batching": self._continuous,
+            "queue": self._queue,
+            "CARDS": self._cards,
+            "barrier": self._barrier,
+            "counts": self._counts,
+            "concurrent calls": self._concurrent,
+            "first segment": self._first,
+            "memory": self._memory,
+            "same tokens": self._same,
+            "growth": self._growth,
+        }
 
     def wants(self, *identifiers: str) -> bool:
         """Return whether one of some rows is asked for."""
@@ -983,32 +1037,30 @@ class Benchmark:
         results.about = about(self.scale)
         if self.scale.device == "cpu":
             torch.set_num_threads(1)
-        for name, group in (
-            ("step times", self._machine),
-            ("one row", self._one_row),
-            ("eight rows", self._eight_rows),
-            ("queue", self._queue),
-            ("cards", self._cards),
-            ("barrier", self._barrier),
-            ("counts", self._counts),
-            ("concurrent calls", self._concurrent),
-            ("first segment", self._first),
-            ("memory", self._memory),
-            ("same tokens", self._same),
-            ("growth", self._growth),
-        ):
+        for rows in (1, 8):
+            self.bench.side(rows, 0.5, tokens=2 * SEGMENT_SIZE)(-1)
+        for name, group in self.groups.items():
             begin = time.perf_counter()
-            before = len(results.rows) + len(results.curves)
+            before = len(results.rows), len(results.curves), len(results.about)
             group()
-            if len(results.rows) + len(results.curves) > before or name == "step times":
+            if before != (len(results.rows), len(results.curves), len(results.about)):
                 results.seconds[name] = time.perf_counter() - begin
         results.rows.sort(key=lambda row: _IDS.index(row.id))
         return results
 
-    def _measure(self, name: str, sides: Mapping[str, Side], pairs: int) -> Samples:
-        """Run all sides in turn, again and again, every other time in the opposite order."""
-        if name in self._measured:
-            return self._measured[name]
+    def _measure(
+        self, name: str, sides: Mapping[str, Side], pairs: int, *, warm: bool = True
+    ) -> Samples:
+        """Run all sides in turn, again and again, every other time in the opposite order.
+
+        Args:
+            name: Of the group.
+            sides: What is run.
+            pairs: How often.
+            warm: Whether to run each once before; what takes long is warm from other groups.
+        """
+        for run in sides.values() if warm else ():
+            run(-1)
         step = self._progress(name, pairs * len(sides))
         samples: Samples = {side: [] for side in sides}
         for pair in range(pairs):
@@ -1016,280 +1068,183 @@ class Benchmark:
             for side in order:
                 samples[side].append(sides[side](pair))
                 step()
-        self._measured[name] = samples
         return samples
 
-    def _rates(self, samples: Samples, *sides: str) -> str:
-        """Return what some sides did, as counts beside a ratio."""
-        parts = []
-        for side in sides:
-            rate = statistics.median(sample.rate for sample in samples[side])
-            parts.append(f"{side} {rate:.1f} tokens/s")
-        num_tokens = sum(sample.num_tokens for sample in samples[sides[0]])
-        parts.append(f"{len(samples[sides[0]])} pairs, {num_tokens} tokens a side")
-        return ", ".join(parts)
+    def _add(
+        self,
+        identifier: str,
+        name: str,
+        values: Sequence[float],
+        gate: str = "",
+        *,
+        ceiling: float | None = None,
+        counts: str = "",
+    ) -> None:
+        """Add a row; `gate` is written as `>= 0.9`, `<= 1.1` or `= 1`."""
+        value = statistics.median(values)
+        self.results.rows.append(
+            Result(
+                id=identifier,
+                name=name,
+                value=value,
+                spread=(min(values), max(values)) if len(values) > 1 else None,
+                gate=gate,
+                holds=_holds(value, gate),
+                ceiling=ceiling,
+                counts=counts,
+            )
+        )
+
+    def _add_ratio(
+        self,
+        identifier: str,
+        name: str,
+        samples: Samples,
+        over: str,
+        under: str,
+        gate: str = "",
+        *,
+        ceiling: float | None = None,
+    ) -> None:
+        """Add the ratio of two sides' rates, pair by pair."""
+        pairs = zip(samples[over], samples[under], strict=True)
+        values = [one.rate / other.rate for one, other in pairs]
+        counts = ", ".join(
+            f"{side} {statistics.median(sample.rate for sample in samples[side]):.1f} tokens/s"
+            for side in (over, under)
+        )
+        num_tokens = sum(sample.num_tokens for sample in samples[over])
+        counts += f", {len(values)} pairs, {num_tokens} tokens a side" + _drafted(samples[over])
+        self._add(identifier, name, values, gate, ceiling=ceiling, counts=counts)
+
+    def _add_exact(self, identifier: str, name: str, values: Sequence[float], counts: str) -> None:
+        """Add values each of which must be 1: the one that is furthest from it."""
+        worst = max(values, key=lambda value: abs(value - 1))
+        self._add(identifier, name, [worst], "= 1", counts=counts)
 
     # The groups
 
     def _machine(self) -> None:
         """Measure step times, which the ceilings follow from."""
         bench = self.bench
-        times = ", ".join(f"t({n}) = {1e3 * bench.step_seconds(n):.1f} ms" for n in (1, 2, 4, 8))
-        reads = ", ".join(
-            f"r({n}) = {1e3 * bench.step_seconds(n, reward=True):.1f} ms" for n in (16, 64, 128)
+        steps = (f"t({n}) = {1e3 * bench.step_seconds(n):.1f}" for n in (1, 2, 4, 8, 16))
+        reads = (f"r({n}) = {1e3 * bench.step_seconds(n, reward=True):.1f}" for n in (16, 64, 128))
+        self.results.about["step times"] = (
+            f"milliseconds of a forward pass of n tokens: language model {', '.join(steps)}; "
+            f"reward {', '.join(reads)}"
         )
-        self.results.about["step times"] = f"language model {times}; reward {reads}"
 
     def _one_row(self) -> None:
         """C1, C2, C2b and C3 with one row."""
         bench, scale = self.bench, self.scale
-        wanted = [each for each in ("C1", "C2", "C2b", "C3") if self.wants(each)]
-        if not wanted:
+        if not self.wants("C1", "C2", "C2b", "C3"):
             return
-        tokens = scale.tokens
-        each = 2 if scale.pairs > 2 else 1  # replies of a sample, one after the other
+        replies = 2 if scale.pairs > 2 else 1  # of a sample, one after the other
 
-        def own(probability: float | None, candidates: int | None = None) -> Side:
-            def side(pair: int) -> Sample:
-                prompts = bench.prompts(100 * pair, each)
-                policy = None
-                if probability is not None:
-                    policy = bench.policy(
-                        prompts, probability, tokens=tokens, seed=pair, candidates=candidates
-                    )
-                return bench.run(prompts, policy=policy, tokens=tokens, max_rows=1, together=False)
-
-            return side
-
-        def generate(pair: int) -> Sample:
-            samples = [
-                bench.generate([prompt], tokens=tokens)
-                for prompt in bench.prompts(100 * pair, each)
-            ]
-            return Sample(
-                seconds=sum(sample.seconds for sample in samples),
-                num_tokens=sum(sample.num_tokens for sample in samples),
+        def own(probability: float | None = None, candidates: int | None = None) -> Side:
+            return bench.side(
+                replies, probability, candidates=candidates, max_rows=1, together=False
             )
 
-        sides: dict[str, Side] = {"unguarded": own(None)}
-        if "C1" in wanted:
-            sides["generate"] = generate
-        if "C2" in wanted:
+        sides: dict[str, Side] = {"unguarded": own()}
+        if self.wants("C1"):
+            sides["generate"] = bench.generating(replies, batch=1)
+        if self.wants("C2"):
             sides["p=1"] = own(1.0)
-        if "C2b" in wanted or "C3" in wanted:
+        if self.wants("C2b", "C3"):
             sides["p=0.5"] = own(0.5)
-        if "C3" in wanted:
+        if self.wants("C3"):
             sides |= {"p=0.5, M=1": own(0.5, 1), "p=0.25": own(0.25), "p=0.25, M=1": own(0.25, 1)}
-        for side in sides.values():
-            side(-1)
         samples = self._measure("one row", sides, scale.pairs)
-        rows = self.results.rows
-        plain = 1 / bench.plain_round_seconds(1)
-        counts = tuple(range(1, bench.language_model.max_candidates + 1))
-        if "C1" in wanted:
-            rows.append(
-                _row(
-                    "C1",
-                    "unguarded / generate, 1 row",
-                    _ratios(samples, "unguarded", "generate"),
-                    ">= 0.97",
-                    counts=self._rates(samples, "unguarded", "generate"),
-                )
-            )
-        if "C2" in wanted:
-            rows.append(
-                _row(
-                    "C2",
-                    "guarded / unguarded, p = 1, 1 row",
-                    _ratios(samples, "p=1", "unguarded"),
-                    ">= 0.90",
-                    ceiling=bench.ceiling(1, 1.0, (1,)) / plain,
-                    counts=self._rates(samples, "p=1", "unguarded"),
-                )
-            )
-        if "C2b" in wanted:
-            rows.append(
-                _row(
-                    "C2b",
-                    "guarded / unguarded, p = 0.5, 1 row",
-                    _ratios(samples, "p=0.5", "unguarded"),
-                    ">= 0.57",
-                    ceiling=bench.ceiling(1, 0.5, counts) / plain,
-                    counts=self._rates(samples, "p=0.5", "unguarded") + _drafted(samples["p=0.5"]),
-                )
-            )
-        if "C3" in wanted:
+        plain = bench.plain_round_seconds(1)
+        if self.wants("C1"):
+            name = "unguarded / generate, 1 row"
+            self._add_ratio("C1", name, samples, "unguarded", "generate", ">= 0.97")
+        if self.wants("C2"):
+            name = "guarded / unguarded, p = 1, 1 row"
+            most = bench.ceiling(1, 1.0, _ALONE) * plain
+            self._add_ratio("C2", name, samples, "p=1", "unguarded", ">= 0.90", ceiling=most)
+        if self.wants("C2b"):
+            name = "guarded / unguarded, p = 0.5, 1 row"
+            most = bench.ceiling(1, 0.5, _SEVERAL) * plain
+            self._add_ratio("C2b", name, samples, "p=0.5", "unguarded", ">= 0.57", ceiling=most)
+        if self.wants("C3"):
             for probability, gate in ((0.5, ">= 1.15"), (0.25, ">= 1.75")):
-                chosen, single = f"p={probability}", f"p={probability}, M=1"
-                best = bench.ceiling(1, probability, counts)
-                rows.append(
-                    _row(
-                        "C3",
-                        f"chosen M / M = 1, p = {probability}, 1 row",
-                        _ratios(samples, chosen, single),
-                        gate,
-                        ceiling=best / bench.ceiling(1, probability, (1,)),
-                        counts=self._rates(samples, chosen, single) + _drafted(samples[chosen]),
-                    )
-                )
+                name = f"chosen M / M = 1, p = {probability}, 1 row"
+                most = bench.ceiling(1, probability, _SEVERAL)
+                most /= bench.ceiling(1, probability, _ALONE)
+                one, other = f"p={probability}", f"p={probability}, M=1"
+                self._add_ratio("C3", name, samples, one, other, gate, ceiling=most)
 
     def _eight_rows(self) -> None:
-        """C1 and C2 with eight rows, and a peer."""
-        bench, scale = self.bench, self.scale
-        if not self.wants("C1", "C2", "P1"):
+        """C1 and C2 with eight rows."""
+        bench = self.bench
+        if not self.wants("C1", "C2"):
             return
-        tokens = scale.tokens
-
-        def own(probability: float | None) -> Side:
-            def side(pair: int) -> Sample:
-                prompts = bench.prompts(100 * pair, 8)
-                policy = None
-                if probability is not None:
-                    policy = bench.policy(prompts, probability, tokens=tokens, seed=pair)
-                return bench.run(prompts, policy=policy, tokens=tokens, max_rows=8)
-
-            return side
-
-        sides: dict[str, Side] = {"unguarded": own(None)}
+        sides: dict[str, Side] = {"unguarded": bench.side(8)}
         if self.wants("C1"):
-            sides["generate"] = lambda pair: bench.generate(
-                bench.prompts(100 * pair, 8), tokens=tokens
-            )
+            sides["generate"] = bench.generating(8, batch=8)
         if self.wants("C2"):
-            sides["p=1"] = own(1.0)
-        for side in sides.values():
-            side(-1)
-        samples = self._measure("eight rows", sides, scale.pairs)
-        rows = self.results.rows
+            sides["p=1"] = bench.side(8, 1.0)
+        samples = self._measure("eight rows", sides, self.scale.pairs)
         if self.wants("C1"):
-            rows.append(
-                _row(
-                    "C1",
-                    "unguarded / generate, 8 rows",
-                    _ratios(samples, "unguarded", "generate"),
-                    ">= 0.97",
-                    counts=self._rates(samples, "unguarded", "generate"),
-                )
-            )
+            name = "unguarded / generate, 8 rows"
+            self._add_ratio("C1", name, samples, "unguarded", "generate", ">= 0.97")
         if self.wants("C2"):
-            rows.append(
-                _row(
-                    "C2",
-                    "guarded / unguarded, p = 1, 8 rows",
-                    _ratios(samples, "p=1", "unguarded"),
-                    ">= 0.90",
-                    ceiling=bench.ceiling(8, 1.0, (1,)) * bench.plain_round_seconds(8),
-                    counts=self._rates(samples, "p=1", "unguarded"),
-                )
-            )
-        if self.wants("P1"):
-            self._peer(own(None))
+            name = "guarded / unguarded, p = 1, 8 rows"
+            most = bench.ceiling(8, 1.0, _ALONE) * bench.plain_round_seconds(8)
+            self._add_ratio("C2", name, samples, "p=1", "unguarded", ">= 0.90", ceiling=most)
 
-    def _peer(self, unguarded: Side) -> None:
-        """Measure the continuous batching of transformers."""
-        bench, tokens = self.bench, self.scale.tokens
-        sides: dict[str, Side] = {
-            "unguarded": unguarded,
-            "continuous": lambda pair: bench.batch_continuously(
-                bench.prompts(100 * pair, 8), tokens=tokens
-            ),
-        }
+    def _continuous(self) -> None:
+        """P1: the continuous batching of transformers."""
+        if not self.wants("P1"):
+            return
         name = "unguarded / transformers continuous batching, 8 rows"
+        sides = {"unguarded": self.bench.side(8), "continuous": self.bench.batching(8)}
         try:
-            with _quiet():
-                sides["continuous"](-1)
-                samples = self._measure("continuous", sides, self.scale.long_pairs)
+            samples = self._measure("continuous", sides, self.scale.long_pairs)
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             note = f"it could not be run here: {type(error).__name__}"
             self.results.rows.append(Result(id="P1", name=name, value=None, note=note))
             return
-        self.results.rows.append(
-            _row(
-                "P1",
-                name,
-                _ratios(samples, "unguarded", "continuous"),
-                counts=self._rates(samples, "unguarded", "continuous"),
-            )
-        )
+        self._add_ratio("P1", name, samples, "unguarded", "continuous")
 
     def _queue(self) -> None:
         """C2b and C10: eight rows, and a queue that refills them."""
-        bench, tokens = self.bench, self.scale.tokens
+        bench, pairs = self.bench, self.scale.long_pairs
         if not self.wants("C2b", "C10"):
             return
-        count = 32 if self.scale.long_pairs > 1 else 16
-
-        def own(probability: float | None) -> Side:
-            def side(pair: int) -> Sample:
-                prompts = bench.prompts(1000 * pair, count)
-                policy = None
-                if probability is not None:
-                    policy = bench.policy(prompts, probability, tokens=tokens, seed=pair)
-                return bench.run(
-                    prompts, policy=policy, tokens=tokens, max_rows=8, priority="batch"
-                )
-
-            return side
-
-        sides = {"unguarded": own(None), "p=0.5": own(0.5)}
-        samples = self._measure("queue", sides, self.scale.long_pairs)
-        rows = self.results.rows
+        replies = 32 if pairs > 1 else 16
+        sides = {
+            "unguarded": bench.side(replies, max_rows=8, priority="batch"),
+            "p=0.5": bench.side(replies, 0.5, max_rows=8, priority="batch"),
+        }
+        samples = self._measure("queue", sides, pairs, warm=False)
         if self.wants("C2b"):
-            counts = tuple(range(1, bench.language_model.max_candidates + 1))
-            rows.append(
-                _row(
-                    "C2b",
-                    f"guarded / unguarded, p = 0.5, 8 rows, {count} replies",
-                    _ratios(samples, "p=0.5", "unguarded"),
-                    ">= 0.45",
-                    ceiling=bench.ceiling(8, 0.5, counts[:4]) * bench.plain_round_seconds(8),
-                    counts=self._rates(samples, "p=0.5", "unguarded") + _drafted(samples["p=0.5"]),
-                )
-            )
+            name = f"guarded / unguarded, p = 0.5, 8 rows, {replies} replies"
+            most = bench.ceiling(8, 0.5, _SEVERAL[:4]) * bench.plain_round_seconds(8)
+            self._add_ratio("C2b", name, samples, "p=0.5", "unguarded", ">= 0.45", ceiling=most)
         if self.wants("C10"):
             filled = [sample.filled for sample in samples["p=0.5"] if sample.filled is not None]
             rounds = sum(sample.num_rounds for sample in samples["p=0.5"])
-            rows.append(
-                _row(
-                    "C10",
-                    "rows in flight / rows allowed while replies wait, p = 0.5",
-                    filled,
-                    ">= 0.97",
-                    counts=f"8 rows, {count} replies, {rounds} rounds",
-                )
-            )
+            name = "rows in flight / rows allowed while replies wait, p = 0.5"
+            counts = f"8 rows, {replies} replies, {rounds} rounds"
+            self._add("C10", name, filled, ">= 0.97", counts=counts)
 
     def _cards(self) -> None:
         """C4: the loop of CARDS' published code."""
-        bench, tokens = self.bench, self.scale.tokens
+        bench = self.bench
         if not self.wants("C4"):
             return
-
-        def own(count: int) -> Side:
-            def side(pair: int) -> Sample:
-                prompts = bench.prompts(100 * pair, count)
-                policy = bench.policy(prompts, 0.5, tokens=tokens, seed=pair)
-                return bench.run(prompts, policy=policy, tokens=tokens, max_rows=8)
-
-            return side
-
-        sides: dict[str, Side] = {
-            "1 row": own(1),
-            "8 rows": own(8),
-            "CARDS": lambda pair: bench.cards(bench.prompts(100 * pair, 1), 0.5, tokens=tokens),
+        sides = {
+            "1 row": bench.side(1, 0.5),
+            "8 rows": bench.side(8, 0.5),
+            "CARDS": bench.recomputing(0.5),
         }
-        sides["1 row"](-1)
-        samples = self._measure("cards", sides, self.scale.long_pairs)
+        samples = self._measure("CARDS", sides, self.scale.long_pairs, warm=False)
         for side, gate in (("1 row", ">= 7.5"), ("8 rows", ">= 20")):
-            self.results.rows.append(
-                _row(
-                    "C4",
-                    f"guarded, {side} / CARDS-style loop, p = 0.5, {tokens} tokens",
-                    _ratios(samples, side, "CARDS"),
-                    gate,
-                    counts=self._rates(samples, side, "CARDS"),
-                )
-            )
+            name = f"guarded, {side} / CARDS-style loop, p = 0.5, {self.scale.tokens} tokens"
+            self._add_ratio("C4", name, samples, side, "CARDS", gate)
 
     def _barrier(self) -> None:
         """C4b: rows that advance apart, and rows that wait for each other."""
@@ -1297,55 +1252,32 @@ class Benchmark:
         if not self.wants("C4b"):
             return
         tokens = scale.barrier_segments * SEGMENT_SIZE
-        num_rows = scale.barrier_rows
-
-        def own(barrier: bool) -> Side:
-            def side(pair: int) -> Sample:
-                prompts = bench.prompts(1000 * pair, num_rows)
-                policy = bench.policy(prompts, 0.5, tokens=tokens, seed=pair, candidates=1)
-                return bench.run(
-                    prompts, policy=policy, tokens=tokens, max_rows=num_rows, barrier=barrier
-                )
-
-            return side
-
-        sides = {"apart": own(False), "barrier": own(True)}
-        samples = self._measure("barrier", sides, 1)
-        pairs = list(zip(samples["apart"], samples["barrier"], strict=True))
-        apart, waiting = (sum(s.num_rounds for s in samples[side]) for side in sides)
-        for what, values, gate, counts in (
-            (
-                "rounds",
-                [late.num_rounds / early.num_rounds for early, late in pairs],
-                ">= 2.0",
-                f"{waiting} and {apart} rounds, {num_rows * scale.barrier_segments} segments",
-            ),
-            (
-                "seconds",
-                [late.seconds / early.seconds for early, late in pairs],
-                ">= 1.6",
-                self._rates(samples, "apart", "barrier"),
-            ),
-        ):
-            name = f"barrier / rows apart, in {what}, {num_rows} rows, p = 0.5, M = 1"
-            self.results.rows.append(_row("C4b", name, values, gate, counts=counts))
+        rows = scale.barrier_rows
+        step = self._progress("barrier", 2)
+        samples: Samples = {}
+        for name, barrier in (("apart", False), ("barrier", True)):
+            own = bench.side(rows, 0.5, tokens=tokens, candidates=1, barrier=barrier)
+            samples[name] = [own(0)]
+            step()
+        apart, waiting = (samples[name][0].num_rounds for name in samples)
+        counts = f"{waiting} and {apart} rounds, {rows * scale.barrier_segments} segments"
+        name = f"barrier / rows apart, in rounds, {rows} rows, p = 0.5, M = 1"
+        self._add("C4b", name, [waiting / apart], ">= 2.0", counts=counts)
+        name = f"barrier / rows apart, in seconds, {rows} rows, p = 0.5, M = 1"
+        self._add_ratio("C4b", name, samples, "apart", "barrier", ">= 1.6")
 
     def _counts(self) -> None:
         """C5, C6 and C7: tokens forwarded, counted by the models themselves."""
         bench = self.bench
         if not self.wants("C5", "C6", "C7"):
             return
-        rows, tokens = self.results.rows, 64
+        tokens = 64
         ways = ((1.0, 1, True), (0.5, 1, True), (0.5, 4, True), (0.5, 4, False), (0.25, None, True))
         step = self._progress("counts", len(ways))
-        drafted: list[float] = []
-        read: list[float] = []
-        prompted: list[float] = []
-        judged: list[float] = []
+        ratios: dict[str, list[float]] = {name: [] for name in ("C5", "C6", "own", "its")}
         notes = []
         for probability, candidates, lazy in ways:
-            model = bench.new_language_model()
-            classifier = bench.classifier()
+            model, classifier = bench.new_language_model(), bench.classifier()
             before = classifier.counters
             prompts = bench.prompts(0, 2)
             policy = bench.policy(
@@ -1364,108 +1296,75 @@ class Benchmark:
                 language_model=model,
             )
             counts, after = model.counts, classifier.counters
-            segments = sample.num_tokens // SEGMENT_SIZE
             # Each reply's first segment follows from its prompt, each later one from the last
             # token kept; each candidate's own last token is drawn and not forwarded.
-            forwards = segments - len(prompts)
+            forwards = sample.num_tokens // SEGMENT_SIZE - len(prompts)
             forwards += sample.num_drafted // SEGMENT_SIZE * (SEGMENT_SIZE - 1)
             # Judged one by one, what follows the accepted candidate of a round is not read.
             reads = sample.num_attempts * SEGMENT_SIZE if lazy else sample.num_drafted
-            drafted.append((counts.accepted + counts.drafted + counts.refed) / forwards)
-            tokens_read = after.candidate_tokens - before.candidate_tokens
-            tokens_read += after.refed_tokens - before.refed_tokens
-            read.append(tokens_read / reads)
-            prompt_ids = [bench.tokenizer.encode(prompt.text) for prompt in prompts]
-            prompted.append(counts.prompt / sum(len(prompt.ids) for prompt in prompts))
-            judged.append((after.prompt_tokens - before.prompt_tokens) / sum(map(len, prompt_ids)))
+            read = after.candidate_tokens - before.candidate_tokens
+            read += after.refed_tokens - before.refed_tokens
+            ratios["C5"].append((counts.accepted + counts.drafted + counts.refed) / forwards)
+            ratios["C6"].append(read / reads)
+            num_prompt = sum(len(prompt.ids) for prompt in prompts)
+            ratios["own"].append(counts.prompt / num_prompt)
+            ratios["its"].append((after.prompt_tokens - before.prompt_tokens) / num_prompt)
             notes.append(
                 f"{forwards / sample.num_tokens:.2f} and {reads / sample.num_tokens:.2f} at "
                 f"p = {probability}, M = {candidates or 'chosen'}{'' if lazy else ', at once'}"
             )
             step()
-        counts_text = "tokens a kept token, of language model and reward: " + "; ".join(notes)
+        counted = f"tokens a kept token, of language model and reward: {'; '.join(notes)}"
         if self.wants("C5"):
             name = "language model's forwards / sum over rounds"
-            rows.append(_exact("C5", name, drafted, counts_text))
+            self._add_exact("C5", name, ratios["C5"], counted)
         if self.wants("C6"):
-            rows.append(_exact("C6", "reward's forwards / sum over rounds", read, counts_text))
+            self._add_exact("C6", "reward's forwards / sum over rounds", ratios["C6"], counted)
         if self.wants("C7"):
             name = "prompt tokens forwarded / prompt tokens, "
-            rows.append(_exact("C7", name + "language model", prompted, "2 replies each"))
-            rows.append(_exact("C7", name + "reward", judged, "2 replies each"))
+            self._add_exact("C7", name + "language model", ratios["own"], "2 replies each")
+            self._add_exact("C7", name + "reward", ratios["its"], "2 replies each")
 
     def _concurrent(self) -> None:
         """C8: calls that arrive together."""
-        bench, tokens = self.bench, min(64, self.scale.tokens)
+        bench = self.bench
         if not self.wants("C8"):
             return
-
-        def own(way: str) -> Side:
-            def side(pair: int) -> Sample:
-                prompts = bench.prompts(100 * pair, 8)
-                policy = bench.policy(prompts, 1.0, tokens=tokens, seed=pair)
-                if way == "concurrent":
-                    return bench.run_concurrently(prompts, policy=policy, tokens=tokens, max_rows=8)
-                return bench.run(
-                    prompts,
-                    policy=policy,
-                    tokens=tokens,
-                    max_rows=8,
-                    priority="batch" if way == "batch" else "interactive",
-                    together=way == "batch",
-                )
-
-            return side
-
-        sides = {way: own(way) for way in ("concurrent", "batch", "sequence")}
-        sides["batch"](-1)
-        samples = self._measure("concurrent calls", sides, self.scale.long_pairs)
-        for other, gate in (("batch", "<= 1.15"), ("sequence", "<= 0.45")):
-            what = {"batch": "one batch of 8", "sequence": "8 calls in sequence"}[other]
-            self.results.rows.append(
-                _row(
-                    "C8",
-                    f"seconds of 8 concurrent calls / {what}, p = 1",
-                    _ratios(samples, other, "concurrent"),
-                    gate,
-                    counts=self._rates(samples, "concurrent", other),
-                )
-            )
+        tokens = min(64, self.scale.tokens)
+        sides = {
+            "concurrent": bench.side(8, 1.0, tokens=tokens, way="concurrent"),
+            "batch": bench.side(8, 1.0, tokens=tokens, priority="batch"),
+            "sequence": bench.side(8, 1.0, tokens=tokens, together=False),
+        }
+        samples = self._measure("concurrent calls", sides, self.scale.long_pairs, warm=False)
+        for other, what, gate in (
+            ("batch", "one batch of 8", "<= 1.15"),
+            ("sequence", "8 calls in sequence", "<= 0.45"),
+        ):
+            name = f"seconds of 8 concurrent calls / {what}, p = 1"
+            self._add_ratio("C8", name, samples, other, "concurrent", gate)
 
     def _first(self) -> None:
         """C9: how long one waits for the first words."""
         bench = self.bench
         if not self.wants("C9"):
             return
-
-        def own(guarded: bool) -> Side:
-            def side(pair: int) -> Sample:
-                prompts = bench.prompts(pair, 1)
-                tokens = 2 * SEGMENT_SIZE
-                policy = bench.policy(prompts, 1.0, tokens=tokens) if guarded else None
-                return bench.run(prompts, policy=policy, tokens=tokens, max_rows=1)
-
-            return side
-
-        sides = {"guarded": own(True), "unguarded": own(False)}
-        for side in sides.values():
-            side(-1)
+        tokens = 2 * SEGMENT_SIZE
+        sides = {
+            "guarded": bench.side(1, 1.0, tokens=tokens),
+            "unguarded": bench.side(1, tokens=tokens),
+        }
         samples = self._measure("first segment", sides, 2 * self.scale.pairs)
-        pairs = zip(samples["guarded"], samples["unguarded"], strict=True)
-        steps = SEGMENT_SIZE - 1
-        plain = bench.step_seconds(1) * steps + bench.prompt_seconds()
-        guarded = plain + bench.prompt_seconds(reward=True)
+        pairs = list(zip(samples["guarded"], samples["unguarded"], strict=True))
+        plain = bench.step_seconds(1) * (SEGMENT_SIZE - 1) + bench.prompt_seconds()
         first = [statistics.median(s.first_seconds for s in samples[side]) for side in sides]
-        self.results.rows.append(
-            _row(
-                "C9",
-                f"first guarded segment / first {SEGMENT_SIZE} unguarded tokens, p = 1",
-                [one.first_seconds / other.first_seconds for one, other in pairs],
-                "<= 1.2",
-                ceiling=guarded / plain,
-                counts=f"{1e3 * first[0]:.0f} and {1e3 * first[1]:.0f} ms, "
-                f"{len(samples['guarded'])} pairs",
-            )
+        self._add(
+            "C9",
+            f"first guarded segment / first {SEGMENT_SIZE} unguarded tokens, p = 1",
+            [one.first_seconds / other.first_seconds for one, other in pairs],
+            "<= 1.2",
+            ceiling=1 + bench.prompt_seconds(reward=True) / plain,
+            counts=f"{1e3 * first[0]:.0f} and {1e3 * first[1]:.0f} ms, {len(pairs)} pairs",
         )
 
     def _memory(self) -> None:
@@ -1473,418 +1372,277 @@ class Benchmark:
         bench, scale = self.bench, self.scale
         if not self.wants("C11"):
             return
-        candidates, num_rows = 4, 8
-        tokens = 2 * SEGMENT_SIZE
-        model = bench.new_language_model()
-        engine = bench.engine(num_rows)
+        candidates, rows, tokens = 4, 8, 2 * SEGMENT_SIZE
+        model, engine = bench.new_language_model(), bench.engine(rows)
         first = engine.statistics.num_rounds
-        small = scale.memory_rounds if scale.language_model.layers <= 2 else 24
-        step = self._progress("memory", small)
+        step = self._progress("memory", scale.memory_rounds)
         held: list[int] = []
-        pair = done = 0
-        while done < small:
-            prompts = bench.prompts(1000 * pair, num_rows)
+        done = 0
+        while done < scale.memory_rounds:
+            prompts = bench.prompts(1000 * len(held), rows)
             policy = bench.policy(
-                prompts, 0.5, tokens=tokens, seed=pair, candidates=candidates, adaptive=False
+                prompts, 0.5, tokens=tokens, seed=done, candidates=candidates, adaptive=False
             )
-            bench.run(
-                prompts, policy=policy, tokens=tokens, max_rows=num_rows, language_model=model
-            )
+            bench.run(prompts, policy=policy, tokens=tokens, max_rows=rows, language_model=model)
             held.append(model.num_bytes)
-            pair += 1
-            now = engine.statistics.num_rounds - first
-            for _ in range(min(now, small) - done):
+            now = min(engine.statistics.num_rounds - first, scale.memory_rounds)
+            for _ in range(now - done):
                 step()
             done = now
-        longest = scale.prompt + tokens
-        bucket = -(-longest // _BUCKET) * _BUCKET
+        bucket = -(-(scale.prompt + tokens) // _BUCKET) * _BUCKET
+        room = rows * (bucket + SEGMENT_SIZE * candidates)
         itemsize = getattr(torch, scale.dtype).itemsize
-        room = num_rows * (bucket + SEGMENT_SIZE * candidates)
         allowed = room * scale.language_model.num_token_values * itemsize
-        rows = self.results.rows
-        counts = f"{num_rows} rows, M = {candidates}, {done} rounds, {max(held) / 2**20:.1f} MiB"
+        counts = f"{rows} rows, M = {candidates}, {done} rounds, {max(held) / 2**20:.1f} MiB"
         name = "bytes held for keys and values / what rows and buckets need"
-        rows.append(_row("C11", name, [max(held) / allowed], "<= 1.1", counts=counts))
+        self._add("C11", name, [max(held) / allowed], "<= 1.1", counts=counts)
         name = f"growth of it over {done} rounds, bytes"
-        rows.append(_row("C11", name, [float(held[-1] - held[0])], "= 0", counts=counts))
+        self._add("C11", name, [float(held[-1] - held[0])], "= 0", counts=counts)
 
     def _same(self) -> None:
         """C12: a row alone and among others."""
-        bench = self.bench
+        bench, tokens = self.bench, 2 * SEGMENT_SIZE
         if not self.wants("C12"):
             return
-        tokens = 2 * SEGMENT_SIZE
-        prompts = bench.prompts(0, 8)
         step = self._progress("same tokens", 2)
-        policy = bench.policy(prompts, 0.5, tokens=tokens)
-        among = bench.run(prompts, policy=policy, tokens=tokens, max_rows=8).texts
-        step()
-        policy = bench.policy(prompts, 0.5, tokens=tokens)
-        alone = bench.run(prompts, policy=policy, tokens=tokens, max_rows=8, together=False).texts
-        step()
-        equal = sum(one == other for one, other in zip(among, alone, strict=True))
+        texts = []
+        for together in (True, False):
+            side = bench.side(8, 0.5, tokens=tokens, max_rows=8, together=together)
+            texts.append(side(0).texts)
+            step()
+        equal = sum(one == other for one, other in zip(*texts, strict=True))
         name = "replies that are the same alone and among 8 / all"
         counts = f"8 replies of {tokens} tokens, p = 0.5, {self.scale.dtype}"
-        self.results.rows.append(_row("C12", name, [equal / 8], "= 1", counts=counts))
+        self._add("C12", name, [equal / 8], "= 1", counts=counts)
 
     # Growth
 
     def _growth(self) -> None:
+        """Measure the curves."""
         if not self.wants("growth"):
             return
-        self._grow_prompts()
-        self._grow_rows()
-        self._grow_attempts()
-        self._grow_reward()
+        bench, scale, tokens = self.bench, self.scale, 3 * SEGMENT_SIZE
+        self._grow(
+            "prompt",
+            "Prompt length, 1 row",
+            "tokens of the prompt",
+            "A token reads the weights and the keys and values of everything before it: the cost "
+            "is a constant and a part that grows with the length, never its square.",
+            scale.prompts,
+            {
+                "unguarded": lambda x: bench.side(1, tokens=tokens, length=int(x)),
+                "guarded, p = 1": lambda x: bench.side(1, 1.0, tokens=tokens, length=int(x)),
+            },
+        )
+        self._grow(
+            "rows",
+            "Rows at once",
+            "rows",
+            "The weights are read once for all rows, so a token gets cheaper until the "
+            "arithmetic, and no more the reading, takes the time.",
+            scale.rows,
+            {
+                "unguarded": lambda x: bench.side(int(x), tokens=tokens),
+                "guarded, p = 1": lambda x: bench.side(int(x), 1.0, tokens=tokens),
+            },
+        )
+        self._grow(
+            "attempts",
+            "Attempts a segment, 1 row",
+            "attempts a segment (1 / p)",
+            "One at a time, every attempt costs a segment; several at once share the reading of "
+            "the weights, so the cost grows like t(M) / (1 - (1 - p)^M).",
+            (1, 2, 4, 8),
+            {
+                "chosen M": lambda x: bench.side(1, 1 / x, tokens=4 * SEGMENT_SIZE),
+                "M = 1": lambda x: bench.side(1, 1 / x, tokens=4 * SEGMENT_SIZE, candidates=1),
+            },
+            whole=True,
+        )
+        model = scale.language_model
+        self._grow(
+            "reward",
+            "Size of the reward, 1 row",
+            "parameters of its layers / the language model's",
+            "The reward reads each token once, a whole segment in one pass: its share of the time "
+            "is its share of the arithmetic, not of the passes.",
+            scale.shares,
+            {
+                "unguarded": lambda x: bench.side(1, tokens=tokens),
+                "guarded, p = 1": lambda x: bench.side(
+                    1, 1.0, tokens=tokens, shape=model.scaled(x)
+                ),
+            },
+        )
 
-    def _curve(
-        self, key: str, sides: Mapping[str, Callable[[float], Sample]], places: Sequence[float]
-    ) -> dict[str, list[tuple[float, float]]]:
-        """Return milliseconds a token and row behind the first segment, side by side."""
-        step = self._progress(key, len(sides) * len(places))
-        lines: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
-        for x in places:
-            for side, run in sides.items():
-                sample = run(x)
-                lines[side].append((x, 1e3 * sample.steady_seconds))
+    def _grow(
+        self,
+        identifier: str,
+        title: str,
+        x: str,
+        why: str,
+        places: Sequence[float],
+        sides: Mapping[str, Callable[[float], Side]],
+        *,
+        whole: bool = False,
+    ) -> None:
+        """Add a curve: milliseconds a token of all rows, behind the first segment or of it all."""
+        step = self._progress(identifier, len(sides) * len(places))
+        lines: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        for place in places:
+            for name, side in sides.items():
+                sample = side(place)(0)
+                seconds, num_tokens = sample.seconds, sample.num_tokens
+                if not whole:
+                    seconds = sample.steady_seconds
+                    num_tokens -= SEGMENT_SIZE * len(sample.texts)
+                lines[name].append((place, 1e3 * seconds / num_tokens))
                 step()
-        return lines
-
-    def _grow_prompts(self) -> None:
-        bench = self.bench
-        tokens = 3 * SEGMENT_SIZE
-
-        def own(guarded: bool) -> Callable[[float], Sample]:
-            def side(x: float) -> Sample:
-                prompts = bench.prompts(0, 1, int(x))
-                policy = bench.policy(prompts, 1.0, tokens=tokens) if guarded else None
-                sample = bench.run(prompts, policy=policy, tokens=tokens, max_rows=1)
-                return _per_token(sample, tokens)
-
-            return side
-
-        lines = self._curve(
-            "prompts", {"unguarded": own(False), "guarded, p = 1": own(True)}, self.scale.prompts
-        )
-        self.results.curves.append(
-            Curve(
-                id="prompt",
-                title="Prompt length, 1 row",
-                x="tokens of the prompt",
-                why="A token reads the weights and the keys and values of everything before it: "
-                "the cost is a constant and a part that grows with the length, never its square.",
-                lines=lines,
-            )
-        )
-
-    def _grow_rows(self) -> None:
-        bench = self.bench
-        tokens = 3 * SEGMENT_SIZE
-
-        def own(probability: float | None) -> Callable[[float], Sample]:
-            def side(x: float) -> Sample:
-                prompts = bench.prompts(0, int(x))
-                policy = None
-                if probability is not None:
-                    policy = bench.policy(prompts, probability, tokens=tokens)
-                sample = bench.run(prompts, policy=policy, tokens=tokens, max_rows=int(x))
-                return _per_token(sample, tokens * int(x))
-
-            return side
-
-        lines = self._curve(
-            "rows", {"unguarded": own(None), "guarded, p = 1": own(1.0)}, self.scale.rows
-        )
-        self.results.curves.append(
-            Curve(
-                id="rows",
-                title="Rows at once",
-                x="rows",
-                why="The weights are read once for all rows, so a token gets cheaper until the "
-                "arithmetic, and no more the reading, takes the time.",
-                lines=lines,
-            )
-        )
-
-    def _grow_attempts(self) -> None:
-        bench, tokens = self.bench, 4 * SEGMENT_SIZE
-
-        def own(candidates: int | None) -> Callable[[float], Sample]:
-            def side(x: float) -> Sample:
-                prompts = bench.prompts(0, 1)
-                policy = bench.policy(prompts, 1 / x, tokens=tokens, candidates=candidates)
-                sample = bench.run(prompts, policy=policy, tokens=tokens, max_rows=1)
-                return Sample(
-                    seconds=sample.seconds,
-                    num_tokens=sample.num_tokens,
-                    steady_seconds=sample.seconds / sample.num_tokens,
-                )
-
-            return side
-
-        lines = self._curve("attempts", {"chosen M": own(None), "M = 1": own(1)}, (1, 2, 4, 8))
-        self.results.curves.append(
-            Curve(
-                id="attempts",
-                title="Attempts a segment, 1 row",
-                x="attempts a segment (1 / p)",
-                why="One at a time, every attempt costs a segment; several at once share the "
-                "reading of the weights, so the cost grows like t(M) / (1 - (1 - p)^M).",
-                lines=lines,
-            )
-        )
-
-    def _grow_reward(self) -> None:
-        bench = self.bench
-        tokens = 3 * SEGMENT_SIZE
-
-        def own(guarded: bool) -> Callable[[float], Sample]:
-            def side(x: float) -> Sample:
-                prompts = bench.prompts(0, 1)
-                shape = self.scale.language_model.scaled(x)
-                policy = None
-                if guarded:
-                    policy = bench.policy(prompts, 1.0, tokens=tokens, shape=shape)
-                sample = bench.run(prompts, policy=policy, tokens=tokens, max_rows=1)
-                return _per_token(sample, tokens)
-
-            return side
-
-        lines = self._curve(
-            "rewards", {"unguarded": own(False), "guarded, p = 1": own(True)}, self.scale.shares
-        )
-        self.results.curves.append(
-            Curve(
-                id="reward",
-                title="Size of the reward, 1 row",
-                x="parameters of its layers / the language model's",
-                why="The reward reads each token once, a whole segment in one pass: its share of "
-                "the time is its share of the arithmetic, not of the passes.",
-                lines=lines,
-            )
-        )
+        self.results.curves.append(Curve(id=identifier, title=title, x=x, why=why, lines=lines))
 
 
 # One accelerator
 
 
 class AcceleratorBenchmark(Benchmark):
-    """Measures the rows that want an accelerator; elsewhere says so, and how to get them."""
+    """Measures the rows that want an accelerator."""
 
-    def run(self) -> Results:
-        """Measure."""
-        results = self.results
-        results.about = about(self.scale)
-        for group in (
-            self._plain,
-            self._guarded,
-            self._width,
-            self._wait,
-            self._published,
-            self._room,
-            self._waves,
-            self._missing,
-        ):
-            begin = time.perf_counter()
-            before = len(results.rows)
-            group()
-            if len(results.rows) > before:
-                name = results.rows[before].id
-                results.seconds[name] = time.perf_counter() - begin
-        results.rows.sort(key=lambda row: _IDS.index(row.id))
-        return results
+    @property
+    def groups(self) -> dict[str, Callable[[], None]]:
+        """What is measured together, in order."""
+        return {
+            "G1": self._limit,
+            "G2": self._peers,
+            "G3": self._judged,
+            "G4": self._guarded,
+            "G5": self._width,
+            "G6": self._wait,
+            "G7": self._published,
+            "G10": self._room,
+            "G11": self._waves,
+            "others": self._others,
+        }
 
-    def _own(
-        self,
-        rows: int,
-        probability: float | None = None,
-        candidates: int | None = None,
-        shape: Shape | None = None,
-    ) -> Side:
-        bench, tokens = self.bench, self.scale.tokens
-
-        def side(pair: int) -> Sample:
-            prompts = bench.prompts(100 * pair, rows)
-            policy = None
-            if probability is not None:
-                policy = bench.policy(
-                    prompts,
-                    probability,
-                    tokens=tokens,
-                    seed=pair,
-                    candidates=candidates,
-                    shape=shape,
-                )
-            return bench.run(prompts, policy=policy, tokens=tokens, max_rows=rows)
-
-        return side
-
-    def _pair(self, identifier: str, name: str, sides: Mapping[str, Side], gate: str) -> None:
-        """Add the row of a ratio of two sides."""
-        one, other = sides
-        for side in sides.values():
-            side(-1)
+    def _pair(self, identifier: str, name: str, one: Side, other: Side, gate: str = "") -> None:
+        """Measure two sides and add the row of their ratio."""
+        sides = {"one": one, "other": other}
         samples = self._measure(f"{identifier} {name}", sides, self.scale.long_pairs)
-        values = _ratios(samples, one, other)
-        counts = self._rates(samples, one, other)
-        self.results.rows.append(_row(identifier, name, values, gate, counts=counts))
+        self._add_ratio(identifier, name, samples, "one", "other", gate)
 
-    def _plain(self) -> None:
-        """G1 and G2: the plain decoder beside the machine's limit, and beside its peers."""
+    def _limit(self) -> None:
+        """G1: the plain decoder beside what the memory allows."""
         scale = self.scale
-        for rows, gate in ((1, ">= 0.70"), (_BARRIER_ROWS, ">= 0.50")):
-            if self.wants("G1"):
-                bandwidth = _bandwidth(scale.device)
-                name = f"unguarded / bandwidth floor, {rows} rows"
-                if bandwidth is None:
-                    note = "the bandwidth of the device is not known"
-                    self.results.rows.append(Result(id="G1", name=name, value=None, note=note))
-                else:
-                    side = self._own(rows)
-                    side(-1)
-                    rates = [side(pair).rate for pair in range(scale.long_pairs)]
-                    floor = rows / (self._bytes_a_step(rows) / bandwidth)
-                    counts = f"{statistics.median(rates):.0f} of {floor:.0f} tokens/s"
-                    values = [rate / floor for rate in rates]
-                    self.results.rows.append(_row("G1", name, values, gate, counts=counts))
-            if self.wants("G2"):
-                own = self._own(rows)
-                name = f"unguarded / generate, {rows} rows"
-                self._pair("G2", name, {"unguarded": own, "generate": self._peer_of(rows)}, ">= 3")
-                name = f"unguarded / continuous batching, {rows} rows"
-                self._pair(
-                    "G2",
-                    name,
-                    {"unguarded": own, "continuous": self._peer_of(rows, paged=True)},
-                    ">= 0.9",
-                )
+        bandwidth = _bandwidth(scale.device)
+        for rows, gate in ((1, ">= 0.70"), (_MANY_ROWS, ">= 0.50")):
+            if not self.wants("G1"):
+                return
+            name = f"unguarded / bandwidth floor, {rows} rows"
+            if bandwidth is None:
+                note = "the bandwidth of the device is not known"
+                self.results.rows.append(Result(id="G1", name=name, value=None, note=note))
+                continue
+            shape, length = scale.language_model, scale.prompt + scale.tokens / 2
+            values = shape.num_streamed_parameters + rows * length * shape.num_token_values
+            floor = rows * bandwidth / (values * getattr(torch, scale.dtype).itemsize)
+            samples = self._measure(name, {"own": self.bench.side(rows)}, scale.long_pairs)
+            rates = [sample.rate for sample in samples["own"]]
+            counts = f"{statistics.median(rates):.0f} of {floor:.0f} tokens/s"
+            self._add("G1", name, [rate / floor for rate in rates], gate, counts=counts)
 
-    def _peer_of(self, rows: int, *, paged: bool = False) -> Side:
-        bench, tokens = self.bench, self.scale.tokens
+    def _peers(self) -> None:
+        """G2: the plain decoder beside those of transformers."""
+        bench = self.bench
+        for rows in (1, _MANY_ROWS):
+            if not self.wants("G2"):
+                return
+            own = bench.side(rows)
+            name = f"unguarded / generate, {rows} rows"
+            self._pair("G2", name, own, bench.generating(rows, batch=rows), ">= 3")
+            name = f"unguarded / continuous batching, {rows} rows"
+            self._pair("G2", name, own, bench.batching(rows), ">= 0.9")
 
-        def side(pair: int) -> Sample:
-            prompts = bench.prompts(100 * pair, rows)
-            with _quiet():
-                if paged:
-                    return bench.batch_continuously(prompts, tokens=tokens)
-                return bench.generate(prompts, tokens=tokens)
-
-        return side
-
-    def _bytes_a_step(self, rows: int) -> float:
-        """Return the bytes that one step must read: the weights, and what each row has kept."""
-        shape = self.scale.language_model
-        length = self.scale.prompt + self.scale.tokens / 2
-        values = shape.num_streamed_parameters + rows * length * shape.num_token_values
-        return float(values * getattr(torch, self.scale.dtype).itemsize)
+    def _judged(self) -> None:
+        """G3: what judging costs."""
+        bench, scale = self.bench, self.scale
+        for share, shape, rows, gate in (
+            ("1/8", scale.reward, 1, ">= 0.93"),
+            ("1/8", scale.reward, _MANY_ROWS, ">= 0.85"),
+            ("1", scale.language_model, 1, ">= 0.85"),
+            ("1", scale.language_model, _MANY_ROWS, ">= 0.60"),
+        ):
+            if self.wants("G3"):
+                name = f"guarded / unguarded, p = 1, M = 1, reward {share}, {rows} rows"
+                guarded = bench.side(rows, 1.0, candidates=1, shape=shape)
+                self._pair("G3", name, guarded, bench.side(rows), gate)
 
     def _guarded(self) -> None:
-        """G3 and G4: what guarding costs."""
-        if self.wants("G3"):
-            shapes = {
-                "1/8": (self.scale.reward, {1: ">= 0.93", _BARRIER_ROWS: ">= 0.85"}),
-                "1": (self.scale.language_model, {1: ">= 0.85", _BARRIER_ROWS: ">= 0.60"}),
-            }
-            for share, (shape, gates) in shapes.items():
-                for rows, gate in gates.items():
-                    name = f"guarded / unguarded, p = 1, M = 1, reward {share}, {rows} rows"
-                    sides = {
-                        "guarded": self._own(rows, 1.0, 1, shape),
-                        "unguarded": self._own(rows),
-                    }
-                    self._pair("G3", name, sides, gate)
-        if self.wants("G4"):
-            targets = {(0.5, 1): ">= 0.90", (0.5, 8): ">= 0.85", (0.5, 64): ">= 0.65"}
-            for probability in (0.25, 0.5, 0.75):
-                for rows in (1, 8, 32, _BARRIER_ROWS):
-                    name = f"guarded / unguarded, p = {probability}, {rows} rows"
-                    sides = {"guarded": self._own(rows, probability), "unguarded": self._own(rows)}
-                    self._pair("G4", name, sides, targets.get((probability, rows), ""))
+        """G4: what guarding costs."""
+        bench = self.bench
+        gates = {(0.5, 1): ">= 0.90", (0.5, 8): ">= 0.85", (0.5, _MANY_ROWS): ">= 0.65"}
+        for probability, rows in itertools.product((0.25, 0.5, 0.75), (1, 8, 32, _MANY_ROWS)):
+            if self.wants("G4"):
+                name = f"guarded / unguarded, p = {probability}, {rows} rows"
+                gate = gates.get((probability, rows), "")
+                self._pair("G4", name, bench.side(rows, probability), bench.side(rows), gate)
 
     def _width(self) -> None:
         """G5: how many tokens one step draws for little more than one."""
         if not self.wants("G5"):
             return
-        bench = self.bench
-        one = bench.step_seconds(1)
-        widths = [1 << at for at in range(10)]
-        seconds = {width: bench.step_seconds(width) for width in widths}
-        free = [width for width in widths if seconds[width] <= 1.25 * one]
+        seconds = {1 << at: self.bench.step_seconds(1 << at) for at in range(10)}
+        free = [width for width, each in seconds.items() if each <= 1.25 * seconds[1]]
         counts = ", ".join(f"t({width}) = {1e3 * s:.1f} ms" for width, s in seconds.items())
-        name = "largest n with t(n) <= 1.25 t(1)"
-        self.results.rows.append(_row("G5", name, [float(max(free))], ">= 64", counts=counts))
+        self._add("G5", _ACCELERATOR["G5"], [float(max(free))], ">= 64", counts=counts)
 
     def _wait(self) -> None:
         """G6: how long one waits for the first words."""
         if not self.wants("G6"):
             return
-        guarded, unguarded = self._own(1, 1.0), self._own(1)
-        for side in (guarded, unguarded):
-            side(-1)
-        pairs = [(guarded(at), unguarded(at)) for at in range(2 * self.scale.long_pairs)]
-        firsts = [1e3 * one.first_seconds for one, _ in pairs]
-        ratios = [one.first_seconds / other.first_seconds for one, other in pairs]
+        sides = {"guarded": self.bench.side(1, 1.0), "unguarded": self.bench.side(1)}
+        samples = self._measure("G6", sides, 2 * self.scale.long_pairs)
+        pairs = list(zip(samples["guarded"], samples["unguarded"], strict=True))
         name = "first guarded segment, milliseconds, p = 1, 1 row"
-        self.results.rows.append(_row("G6", name, firsts, "<= 120"))
+        self._add("G6", name, [1e3 * one.first_seconds for one, _ in pairs], "<= 120")
         name = "first guarded segment / first unguarded tokens, p = 1, 1 row"
-        self.results.rows.append(_row("G6", name, ratios, "<= 1.2"))
+        ratios = [one.first_seconds / other.first_seconds for one, other in pairs]
+        self._add("G6", name, ratios, "<= 1.2")
 
     def _published(self) -> None:
         """G7: the loop of CARDS' published code."""
-        if not self.wants("G7"):
-            return
-        bench, tokens = self.bench, self.scale.tokens
-        sides: dict[str, Side] = {
-            "guarded": self._own(1, 0.5),
-            "CARDS": lambda pair: bench.cards(bench.prompts(100 * pair, 1), 0.5, tokens=tokens),
-        }
-        self._pair("G7", "guarded / CARDS-style loop, p = 0.5, 1 row", sides, ">= 8")
+        if self.wants("G7"):
+            one, other = self.bench.side(1, 0.5), self.bench.recomputing(0.5)
+            self._pair("G7", _ACCELERATOR["G7"], one, other, ">= 8")
 
     def _room(self) -> None:
-        """G10: rows of 2,048 tokens."""
+        """G10: long rows."""
         if not self.wants("G10"):
             return
-        bench, wanted = self.bench, 150
-        tokens = SEGMENT_SIZE
-        prompts = bench.prompts(0, wanted, 16 * self.scale.prompt // 4 - tokens)
-        policy = bench.policy(prompts, 1.0, tokens=tokens, candidates=1)
-        sample = bench.run(prompts, policy=policy, tokens=tokens, max_rows=wanted)
-        done = sample.num_tokens // tokens
-        length = len(prompts[0].ids) + tokens
-        name = f"rows of {length} tokens that were answered, of {wanted}"
+        bench, wanted, tokens = self.bench, 150, SEGMENT_SIZE
+        length = 4 * self.scale.prompt - tokens
+        side = bench.side(wanted, 1.0, tokens=tokens, candidates=1, length=length)
+        done = side(0).num_tokens // tokens
+        name = f"rows of {length + tokens} tokens that were answered, of {wanted}"
         counts = f"{bench.language_model.counts.out_of_memory} times out of memory"
-        self.results.rows.append(_row("G10", name, [float(done)], ">= 150", counts=counts))
+        self._add("G10", name, [float(done)], f">= {wanted}", counts=counts)
 
     def _waves(self) -> None:
         """G11: candidates judged one by one, and all at once."""
-        if not self.wants("G11"):
-            return
-        bench, tokens = self.bench, self.scale.tokens
+        if self.wants("G11"):
+            shape = self.scale.language_model
+            one, other = (
+                self.bench.side(_MANY_ROWS, 0.5, shape=shape, lazy=lazy) for lazy in (True, False)
+            )
+            self._pair("G11", _ACCELERATOR["G11"], one, other, ">= 1")
 
-        def own(lazy: bool) -> Side:
-            def side(pair: int) -> Sample:
-                prompts = bench.prompts(100 * pair, _BARRIER_ROWS)
-                shape = self.scale.language_model
-                policy = bench.policy(prompts, 0.5, tokens=tokens, seed=pair, shape=shape)
-                return bench.run(
-                    prompts, policy=policy, tokens=tokens, max_rows=_BARRIER_ROWS, lazy=lazy
-                )
-
-            return side
-
-        name = f"judged one by one / at once, p = 0.5, reward 1, {_BARRIER_ROWS} rows"
-        self._pair("G11", name, {"one by one": own(True), "at once": own(False)}, ">= 1")
-
-    def _missing(self) -> None:
+    def _others(self) -> None:
         """Name what is defined and not measured."""
         for identifier, note in (
-            ("G8", "measured where batch-expanded drafting exists; candidates share a row here"),
+            ("G8", "not measured: candidates share a row, and there is no other way to draft them"),
             ("G9", "not measured: the drafting step runs eagerly"),
         ):
             if self.wants(identifier):
-                self.results.rows.append(
-                    Result(id=identifier, name=_ACCELERATOR[identifier], value=None, note=note)
-                )
+                name = _ACCELERATOR[identifier]
+                self.results.rows.append(Result(id=identifier, name=name, value=None, note=note))
 
 
 _ACCELERATOR = {
@@ -1904,24 +1662,10 @@ _CPU_IDS = ("C1", "C2", "C2b", "C3", "C4", "C4b", *(f"C{at}" for at in range(5, 
 _IDS = (*_CPU_IDS, *_ACCELERATOR)
 
 
-def _exact(identifier: str, name: str, values: Sequence[float], counts: str) -> Result:
-    """Return a row of values each of which must be 1: the one that is furthest from it."""
-    worst = max(values, key=lambda value: abs(value - 1))
-    return _row(identifier, name, [worst], "= 1", counts=counts)
-
-
-def _per_token(sample: Sample, tokens: int) -> Sample:
-    """Return a sample whose steady seconds are those of one token of all rows."""
-    rows = sample.num_tokens // (3 * SEGMENT_SIZE)
-    return Sample(
-        seconds=sample.seconds,
-        num_tokens=sample.num_tokens,
-        steady_seconds=sample.steady_seconds / (tokens - rows * SEGMENT_SIZE),
-    )
-
-
 def _drafted(samples: Sequence[Sample]) -> str:
-    """Return how many candidates were drafted and judged for each segment kept."""
+    """Return how many candidates were drafted and judged for each segment, as words."""
+    if not any(sample.num_drafted > 0 for sample in samples):
+        return ""
     segments = sum(sample.num_tokens for sample in samples) / SEGMENT_SIZE
     drafted = sum(sample.num_drafted for sample in samples) / SEGMENT_SIZE
     judged = sum(sample.num_attempts for sample in samples)

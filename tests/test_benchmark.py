@@ -33,9 +33,9 @@ TINY = replace(
     long_pairs=1,
     barrier_rows=4,
     barrier_segments=2,
-    prompts=(64, 128),
+    prompts=(64,),
     rows=(1, 4),
-    shares=(0.5, 1.0),
+    shares=(0.5,),
     memory_rounds=60,
 )
 
