@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except _expected_errors() as error:
-        sys.stderr.write(f"{_PROGRAM}: {_in_a_line(error)}\n")
+        sys.stderr.write(f"{_PROGRAM}: {_visible(_in_a_line(error))}\n")
         return _WRONG
 
 
@@ -492,7 +492,8 @@ class _Screen:
         return self.is_terminal and self._console is None
 
     def write(self, text: str, style: str = "") -> None:
-        """Write text as it is."""
+        """Write text; what would command a terminal is shown as a mark."""
+        text = _visible(text)
         if self._console is not None:
             from rich.text import Text
 
@@ -602,6 +603,20 @@ class _Painter:
         self._screen.line()
         self._screen.write(" " * _MARGIN)
         self._column = _MARGIN
+
+
+_JOINERS = "\u200c\u200d"
+"""Invisible, and part of how some languages and emoji are written."""
+
+
+def _visible(text: str) -> str:
+    """Return a text without what a terminal obeys or hides: escapes, directions, surrogates."""
+    return "".join(
+        "\ufffd"
+        if char not in "\n\t" + _JOINERS and unicodedata.category(char) in ("Cc", "Cf", "Cs")
+        else char
+        for char in text
+    )
 
 
 def _cells(text: str) -> int:
@@ -829,7 +844,7 @@ def _why(routing: dict[str, Any]) -> str:
 
 _REASONS = {
     "failed": "the fast model failed",
-    "unreadable": "in doubt: more than text, or too much of it",
+    "unreadable": "in doubt: not text, too much of it, or letters that the router does not know",
     "unknown": "in doubt: the router named no route",
     "timeout": "in doubt: the router took too long",
     "error": "in doubt: the router failed",

@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from langchain_core.language_models import FakeListChatModel
+from langgraph.checkpoint.memory import InMemorySaver
 from transformers.utils import logging as of_transformers
 
 import langchain_stars
-from langchain_stars import cli
+from langchain_stars import cli, create_guarded_chat
 from langchain_stars.rewards import bundled
 
 if os.name == "posix":
@@ -383,6 +386,48 @@ def test_an_interrupt_ends_the_reply_and_not_the_chat(
         terminal.wait_for("you +")
     terminal.type("\x04")
     assert terminal.exit_code() == 0
+
+
+# What a model says is not obeyed
+
+SPOKEN = (
+    "a\x1b]52;c;aGk=\x07b\x1b[2Jc\x9b2Jd\x7fe\u202ef\u2066g\u200bh\U000e0041i\ud800j\rk\x08l",
+    "a\ufffd]52;c;aGk=\ufffdb\ufffd[2Jc\ufffd2Jd\ufffde\ufffdf\ufffdg\ufffdh\ufffdi\ufffdj\ufffdk\ufffdl",
+)
+HARMLESS = "naïve 漢字 नमस्ते\u200d \U0001f469\u200d\U0001f4bb می\u200cخواهم"
+
+
+@pytest.mark.parametrize("laid_out", [False, True])
+def test_a_reply_cannot_command_the_terminal(laid_out: bool, capsys: pytest.CaptureFixture[str]):
+    said, shown = SPOKEN
+    model = FakeListChatModel(responses=[f"{said} {HARMLESS}\n\tend"])
+    graph = create_guarded_chat(guarded=model, fast=model, router=lambda messages: "guarded")
+    thread = cli._Thread(graph.compile(checkpointer=InMemorySaver()))
+    cli._tell(cli._Screen(laid_out=laid_out), thread, "Hello!")
+    out = capsys.readouterr().out
+    if laid_out:
+        assert out.split()[0] == "guarded"
+        assert "".join(out.split()[1:]).startswith(shown.replace("\ufffdk", "k"))
+    else:
+        assert out == f"{shown} {HARMLESS}\n\tend\n"
+    assert not {unicodedata.category(char) for char in out if char not in "\n\t\u200c\u200d"} & {
+        "Cc",
+        "Cf",
+        "Cs",
+    }
+
+
+def test_a_mistake_cannot_command_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    said, shown = SPOKEN
+
+    def fails(arguments: object) -> int:
+        raise ValueError(said)
+
+    monkeypatch.setitem(cli._COMMANDS, "demo", lambda parser: fails)
+    assert cli.main(["demo"]) == 2
+    assert capsys.readouterr().err == f"langchain-stars: {shown}\n".replace("\ufffdk", " k")
 
 
 # The painter
