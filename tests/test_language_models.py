@@ -993,7 +993,7 @@ def test_one_name_is_one_language_model_and_other_settings_are_another(
     assert isinstance(one, LocalLanguageModel)
     assert isinstance(other, LocalLanguageModel)
     assert one._loaded().network.model is other._loaded().network.model
-    assert one.fingerprint == other.fingerprint
+    assert one.fingerprint != other.fingerprint
     model = one._loaded().network.model
     request = ask(Prefix(range(20, 30)))
     wanted = one.draw([request])
@@ -1142,7 +1142,9 @@ def test_small_layers_and_shorter_types_are_not_packed(make_folder: FolderMaker)
     small.unload()
 
 
-def test_fingerprints_tell_models_apart(make_folder: FolderMaker) -> None:
+def test_fingerprints_tell_models_apart(
+    make_folder: FolderMaker, tokenizer: PreTrainedTokenizerFast
+) -> None:
     def fingerprint(**settings: Any) -> str:
         folder = make_folder("llama", **settings.pop("shape", {}))
         return LocalLanguageModel(folder, device="cpu", **settings).fingerprint
@@ -1153,9 +1155,16 @@ def test_fingerprints_tell_models_apart(make_folder: FolderMaker) -> None:
         fingerprint(dtype="bfloat16"),
         fingerprint(drafted_control_tokens=["<|tool|>"]),
         fingerprint(chat_template=FALLBACK_TEMPLATE),
+        fingerprint(context_length=100),
     }
-    assert len(different) == 5
+    assert len(different) == 6
     assert fingerprint() == fingerprint(device_map=None)
+    assert fingerprint() == fingerprint(context_length=512)  # which is the model's own
+    model = AutoModelForCausalLM.from_pretrained(make_folder("llama"))
+    given = [LocalLanguageModel(model, tokenizer=tokenizer).fingerprint for _ in range(2)]
+    model.generation_config.temperature = 0.1
+    given.append(LocalLanguageModel(model, tokenizer=tokenizer).fingerprint)
+    assert given[0] == given[1] != given[2]
 
 
 def test_weights_in_bin_files_are_refused(make_folder: FolderMaker, tmp_path: Path) -> None:

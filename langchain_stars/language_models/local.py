@@ -415,12 +415,13 @@ class LocalLanguageModel(LanguageModel):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of weights, type, tokenizer and settings; large files are hashed by samples."""
+        """Hash of weights, type, tokenizer, settings, sampling; large files by samples of them."""
         digest = hashlib.sha256()
         source = self._source
         for part in (source.revision, str(self._dtype), source.attention, self.vocabulary):
             digest.update(repr(part).encode())
         digest.update(repr(sorted(self._drafted_control_tokens)).encode())
+        digest.update(repr((self.sampling, self.context_length)).encode())
         digest.update(repr(self.tokenizer.chat_template).encode())
         folder = Path(self._name)
         if self._given is not None:
