@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import FAMILIES, make_model, make_tokenizer
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -1335,6 +1336,46 @@ def test_an_encoder_reads_the_pair_that_its_tokenizer_writes(
     )
 
 
+_LATENT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "intermediate_size": 64,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "encodes"),
+    [
+        ("mistral4", _LATENT, False),  # causal, though transformers has no language model of it
+        ("llama", {}, False),
+        ("bert", {}, True),
+        ("gemma3_text", {"use_bidirectional_attention": True}, True),
+    ],
+)
+def test_an_open_reply_is_closed_for_models_that_read_a_text_whole(
+    family: str, settings: Any, encodes: bool, tokenizer: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setitem(FAMILIES, family, FAMILIES.get(family, {}))
+    make_model(family, tokenizer, num_labels=1, **settings).save_pretrained(tmp_path)
+    bert_like(tokenizer).save_pretrained(tmp_path)
+    chat = [{"role": "user", "content": "Hi"}]
+    scorer = SequenceClassifier(tmp_path)
+    end = tokenizer.eos_token_id
+    assert (written(scorer, chat, " Hello", False)[-1] == end) is encodes
+    assert written(scorer, chat, " Hello", True)[-1] == end
+
+
 def test_an_encoder_gives_a_text_the_same_score_among_longer_ones(
     make_folder: Callable[..., Path],
 ) -> None:
@@ -1705,6 +1746,29 @@ def test_the_identity_of_a_model_is_that_of_its_files(
     assert reward.scorer.view == "chat"
     assert reward.fingerprint == before
     assert SequenceReward(folder, view="reply").fingerprint != before
+
+
+@pytest.mark.parametrize("whole_file", [1 << 28, 1 << 12])
+def test_checkpoints_that_differ_in_their_head_alone_have_different_identities(
+    whole_file: int, reward_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifiers, "_WHOLE_FILE", whole_file, raising=False)
+    (tmp_path / "config.json").write_bytes((reward_folder / "config.json").read_bytes())
+    tensors = {"big": torch.zeros(17 << 20, dtype=torch.uint8), "score.weight": torch.zeros(64)}
+    seen = set()
+    for name, place in (
+        ("big", None),
+        ("big", 0),
+        ("big", -1),
+        *(("score.weight", place) for place in (0, 31, 63)),
+    ):
+        changed = {key: tensor.clone() for key, tensor in tensors.items()}
+        if place is not None:
+            changed[name][place] = 1
+        save_file(changed, tmp_path / "model.safetensors")
+        seen.add(SequenceClassifier(tmp_path).identity["digest"])
+    assert len(seen) == 6
+    assert SequenceClassifier(tmp_path).identity["digest"] in seen
 
 
 def test_a_checkpoint_without_a_head_is_refused(language_model_folder: Path) -> None:

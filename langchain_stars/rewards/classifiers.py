@@ -7,23 +7,21 @@ encoder reads each text anew. Both give, for the same token ids, what the plain 
 
 import copy
 import hashlib
+import json
 import logging
 import math
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, BinaryIO, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from langchain_stars.packing import can_pack, pack
 from langchain_stars.ragged_cache import ATTENTION
@@ -584,7 +582,7 @@ class _Source:
 
 
 def _digest(folder: Path) -> str:
-    """Return a digest of a checkpoint: small files whole, of large ones a sample."""
+    """Return a digest of a checkpoint: files whole, of very large weights each tensor's samples."""
     sha = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix not in (".json", ".jinja", ".model", ".txt", ".py", ".safetensors"):
@@ -592,13 +590,39 @@ def _digest(folder: Path) -> str:
         size = path.stat().st_size
         sha.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
-            if size <= 1 << 24:
-                sha.update(file.read())
+            if path.suffix == ".safetensors" and size > _WHOLE_FILE:
+                for begin, count in _samples(file, size):
+                    file.seek(begin)
+                    sha.update(file.read(count))
             else:
-                for place in range(64):
-                    file.seek(size * place // 64)
-                    sha.update(file.read(1 << 16))
+                while part := file.read(1 << 20):
+                    sha.update(part)
     return sha.hexdigest()[:16]
+
+
+_WHOLE_FILE = 1 << 28
+_WHOLE_TENSOR = 1 << 20
+_SAMPLE = 1 << 12
+
+
+def _samples(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
+    """Yield place and length of what tells a file of tensors from others, in bytes.
+
+    That is its header, small tensors (such as the head, which alone differs where a trunk was
+    frozen) and, of large ones, 16 pieces from the first to the last byte.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(min(length, size)))
+    yield 0, 8 + length
+    for name, tensor in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = (8 + length + offset for offset in tensor["data_offsets"])
+        if end - begin <= _WHOLE_TENSOR:
+            yield begin, end - begin
+        else:
+            for place in range(16):
+                yield begin + (end - begin - _SAMPLE) * place // 15, _SAMPLE
 
 
 @dataclass(eq=False)
@@ -610,6 +634,7 @@ class _Loaded:
         tokenizer: Its tokenizer.
         vocabulary: Fingerprint of the tokenizer.
         keeps: Whether what it has read of a reply is kept.
+        encodes: Whether it reads a text whole, so that separators around it are part of it.
         tokenizer_lock: Held by who encodes: whether control tokens are text is the tokenizer's
             own state, and its copies share it.
     """
@@ -618,6 +643,7 @@ class _Loaded:
     tokenizer: Any
     vocabulary: str
     keeps: bool
+    encodes: bool
 
     def __post_init__(self) -> None:
         self.tokenizer_lock = threading.Lock()
@@ -660,7 +686,8 @@ def _load_anew(source: _Source) -> _Loaded:
     model = model.eval().requires_grad_(False)
     if can_pack(model):
         pack(model)
-    loaded = _Loaded(model, tokenizer, vocabulary_of(tokenizer), keeps)
+    encodes = _encodes(model)
+    loaded = _Loaded(model, tokenizer, vocabulary_of(tokenizer), keeps, encodes)
     if keeps:
         difference = _difference(loaded)
         tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
@@ -671,21 +698,37 @@ def _load_anew(source: _Source) -> _Loaded:
                 difference,
             )
             loaded.keeps = False
-    elif not _is_encoder(config):
+    elif not encodes:
         _log.warning(
             "%s: no KV is kept of a %s; it reads every reply anew", source.model, config.model_type
         )
     return loaded
 
 
-def _is_encoder(config: Any) -> bool:
-    """Return whether a model reads a text whole, so that separators around it are part of it."""
-    causal = (
-        config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        and config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        and config.model_type != "xlnet"
-    )
-    return bool(config.is_encoder_decoder) or not causal
+def _encodes(model: Any) -> bool:
+    """Return whether what a model makes of a token depends on those behind it.
+
+    It is tried out. Where a family cannot be tried so, its kind decides: one that is known to fill
+    in masks or to decode what it has encoded.
+    """
+    first, *others = (token_id for token_id in range(8) if token_id != model.config.pad_token_id)
+    texts = [[first, *others[:3]], [first, *others[3:6]]]
+    try:
+        with torch.inference_mode():
+            one, other = (
+                model.base_model(torch.tensor([text], device=model.device))[0][0, 0].float()
+                for text in texts
+            )
+        scale, difference = one.abs().max().item(), (one - other).abs().max().item()
+    except Exception:  # whatever a family wants beside token ids
+        scale = difference = math.nan
+    if not (math.isfinite(difference) and math.isfinite(scale)):
+        config = model.config
+        return bool(
+            config.is_encoder_decoder or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        )
+    tolerance = 1e-4 if model.dtype == torch.float32 else 1e-2
+    return bool(difference > tolerance * scale)
 
 
 def _may_keep(config: Any) -> bool:
@@ -847,7 +890,7 @@ class _Writer:
                 raise ValueError("`view='chat'` needs a chat template, and the tokenizer has none")
             self._read_template()
         else:
-            self._read_separators(_is_encoder(loaded.model.config))
+            self._read_separators(loaded.encodes)
 
     def prompt(self, chat: Chat) -> _Prompt:
         """Return what stands before the reply to a chat."""
