@@ -620,8 +620,10 @@ _FILLERS = dict.fromkeys([0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164
 _MARKS = re.compile("[\u0300-\u036f]+")
 _LATIN = re.compile("[A-Za-z]")
 _WORDS = re.compile("[\\w\u0300-\u036f]+")
-_DIGITS = re.compile(r"(?<=[A-Za-z])[013457@$](?=[A-Za-z])")
-_LETTERS_OF_DIGITS = dict(zip("013457@$", "oleastas", strict=True))
+# One digit between letters shows that digits stand for letters; then they do so everywhere.
+_DIGIT_IN_WORD = re.compile("[A-Za-z][013457@$][A-Za-z]")
+_WORDS_WITH_DIGITS = re.compile("[013457@$A-Za-z]*[A-Za-z][013457@$A-Za-z]*")
+_LETTERS_OF_DIGITS = str.maketrans("013457@$", "oieastas")
 _SPACED = re.compile(r"\b(?:[^\W\d_][ .\-_*|/]){3,}[^\W\d_]\b")
 _SEPARATORS = re.compile(r"[ .\-_*|/]")
 _BLANKS = re.compile(r"[^\S\n]{3,}")
@@ -677,7 +679,10 @@ def _normalised(text: str) -> str:
     text = text.translate(_LATIN_OF_SYMBOLS)
     if _LATIN.search(text):
         text = _WORDS.sub(_latin, text)
-    text = _DIGITS.sub(lambda match: _LETTERS_OF_DIGITS[match.group()], text)
+    if _DIGIT_IN_WORD.search(text):
+        text = _WORDS_WITH_DIGITS.sub(
+            lambda match: match.group().translate(_LETTERS_OF_DIGITS), text
+        )
     text = _SPACED.sub(lambda match: _SEPARATORS.sub("", match.group()), text)
     return _LINES.sub("\n\n", _BLANKS.sub(" ", text))
 

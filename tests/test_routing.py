@@ -490,6 +490,7 @@ def selectors(text: str) -> str:
         "b.o.m.b",
         "b-o-m-b",
         "b0mb",
+        "5om3 b0mb",
         "b\u3164omb",
         *(f"b{mark}o{mark}m{mark}b{mark}" for mark in "\u1dc4\u1ab0\u0489\u0484\ufe20\u20e3"),
         *(f"b{blank}o{blank}mb" for blank in "\U0001d159\uffa0\U0001d173\U0001d17a"),
