@@ -197,6 +197,12 @@ class RaggedCache(Cache):
             for buffer, state in zip(layer.buffers, (keys, values), strict=True):
                 buffer[row, :, :num_slots] = state[:, :num_slots]
 
+    def clear_row(self, row: int) -> None:
+        """Fill a row with zeros: what is not finite reaches other queries through any mask."""
+        for layer in self._layers:
+            for buffer in layer.buffers:
+                buffer[row] = 0
+
     def swap_rows(self, one: int, other: int, *, num_slots: int) -> None:
         """Exchange the first slots of two rows."""
         for layer in self._layers:

@@ -924,6 +924,86 @@ def test_a_prompt_that_finds_no_memory_is_not_stored_and_its_row_is_freed(
     assert drafter.prompts.num_bytes > 0
 
 
+# Logits that are not finite
+
+
+@pytest.mark.parametrize("odd", ["nan", "inf", "cut"])
+def test_where_scores_are_not_finite_no_token_is_picked_and_others_are(odd: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for samplings in (SAMPLINGS[:3], SAMPLINGS[3:4] * 3, SAMPLINGS[2:]):
+        sampler = Sampler(samplings, hidden=None, device=torch.device("cpu"))
+        seen = torch.zeros((3, 1, 40), dtype=torch.bool) if sampler.remembers else None
+        logits = torch.randn((3, 2, 40), generator=generator)
+        numbers = torch.rand((3, 2), generator=generator, dtype=torch.float64)
+        wanted = sampler.pick(sampler.warp(logits, seen), numbers)
+        assert wanted.min() >= 0
+        if odd == "cut":
+            logits[1, 0] = -torch.inf
+        else:
+            logits[1, 0, 7] = float(odd)
+        wanted[1, 0] = -1
+        assert torch.equal(sampler.pick(sampler.warp(logits, seen), numbers), wanted)
+        wanted[:, 1] = sampler.pick(sampler.warp(logits[:, :1], seen), numbers)[:, 1]
+        assert wanted[:, 1].tolist()[1] == -1
+        assert (wanted[[0, 2], 1] >= 0).all()
+
+
+@pytest.mark.parametrize("drafts", ["ragged", "snapshot", "recompute"])
+def test_a_reply_without_finite_logits_fails_alone_and_leaves_nothing_behind(
+    drafts: str, load: Callable[..., LocalLanguageModel]
+) -> None:
+    language_model = load(drafts=drafts)
+    plain = plainly(language_model)
+    network = language_model._loaded().network
+    odd = int(network.hidden.nonzero()[-1])  # never drafted
+    embedding = network.model.get_input_embeddings().weight[odd]
+    healthy = embedding.clone()
+    lost = [Candidate(attempt=at, token_ids=(), finished=False) for at in (1, 2)]
+    assert [candidate.num_drawn for candidate in lost] == [0, 0]
+    for at, sampling in enumerate(SAMPLINGS):
+        embedding.fill_(torch.nan)
+        long = [20, 21, odd, *range(22, 40)]
+        failing = Prefix(long, partition=str(at))
+        requests = [
+            ask(prefix, count=2, sampling=sampling, streamed=prefix is failing)
+            for prefix in (Prefix(range(50, 60)), failing, Prefix(range(70, 95)))
+        ]
+        for _ in range(2):
+            proposals = language_model.draw(requests)
+            assert proposals == [plain.draw(requests[0]), lost, plain.draw(requests[2])]
+        drafting = language_model.drafting([ask(failing, count=2, size=9)])
+        for _ in range(3):
+            next(drafting, None)
+        drafting.close()
+        # Its row is another's, and its prompt is nobody's.
+        language_model.release(failing)
+        after = ask(Prefix(range(100, 103)), count=3, size=8, sampling=sampling)
+        assert language_model.draw([after]) == [plain.draw(after)]
+        embedding.copy_(healthy)
+        same = ask(Prefix(long, partition=str(at)), count=2, sampling=sampling)
+        assert language_model.draw([same]) == [plain.draw(same)]
+
+
+@pytest.mark.parametrize("drafts", ["ragged", "snapshot", "recompute"])
+def test_a_candidate_without_finite_logits_leaves_the_reply_as_it_was(
+    drafts: str, load: Callable[..., LocalLanguageModel]
+) -> None:
+    language_model = load(drafts=drafts)
+    plain = plainly(language_model)
+    request = ask(Prefix(range(20, 40)), count=2, size=6)
+    one, other = plain.draw(request)
+    odd = next(token for token in other.token_ids[:-1] if token not in one.token_ids)
+    assert odd not in request.prefix.prompt_ids
+    network = language_model._loaded().network
+    network.model.get_input_embeddings().weight[odd] = torch.nan
+    [drawn] = language_model.draw([request])
+    assert drawn[1] == Candidate(attempt=2, token_ids=(), finished=False)
+    assert drawn[0] in (one, replace(drawn[1], attempt=1))
+    if drafts != "ragged":  # whose branches lie in one row
+        assert drawn[0] == one
+    assert language_model.draw([replace(request, count=1)]) == [[one]]
+
+
 # Forking
 
 

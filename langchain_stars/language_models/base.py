@@ -105,6 +105,8 @@ class Request:
 class Candidate:
     """A proposed run of tokens, unjudged.
 
+    No tokens and not finished: the model had no finite logits, the reply fails.
+
     Attributes:
         attempt: Its number.
         token_ids: The tokens; the token that ends the reply is not among them.
@@ -210,6 +212,9 @@ class LanguageModel(ABC):
 
         A candidate follows from its own request and number: not from `count`, from the other
         requests, or from what was drawn before.
+
+        A candidate with no tokens that is not finished says that the model had no finite logits:
+        that reply fails, even where some of its tokens were streamed, and no other does.
         """
 
     def drafting(self, requests: Sequence[Request]) -> Drafting:

@@ -158,6 +158,7 @@ class _Draws:
         shape = (len(requests), self.branches, self.steps)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
         self.ended = torch.zeros(shape[:2], dtype=torch.bool, device=device)
+        self.lost = torch.zeros(shape, dtype=torch.bool, device=device)  # had no finite logits
         self._open = [[True] * count for count in self.counts]
         self._numbers = torch.tensor(
             [
@@ -220,8 +221,11 @@ class _Draws:
             seen = seen[rows]
         scores = self._sampler.warp(logits, seen, rows)
         picked = self._sampler.pick(scores, self._numbers[rows, :, self.step], rows)
+        lost = picked < 0
+        picked = picked.clamp(min=0)
         self.tokens[rows, :, self.step] = picked
-        self.ended[rows] |= self._network.ends[picked]
+        self.lost[rows, :, self.step] = lost
+        self.ended[rows] |= self._network.ends[picked] | lost
         self.step += 1
         if (
             self._streamed
@@ -240,10 +244,15 @@ class _Draws:
             for row, (request, token) in enumerate(zip(self.requests, drawn, strict=True))
         ]
 
+    def lost_rows(self) -> list[int]:
+        """Return the rows in which some branch had no finite logits."""
+        return self.lost.flatten(1).any(1).nonzero().flatten().tolist()
+
     def results(self) -> tuple[list[list[Candidate]], list[list[list[int]]]]:
-        """Return the candidates of every row, and all token ids that were drawn."""
-        ids = self.tokens[:, :, : self.step].tolist()
-        ends = self._network.ends[self.tokens[:, :, : self.step]].tolist()
+        """Return the candidates of every row, and all token ids that were drawn; -1 for none."""
+        tokens, lost = self.tokens[:, :, : self.step], self.lost[:, :, : self.step]
+        ids = tokens.masked_fill(lost, -1).tolist()
+        ends = (self._network.ends[tokens] & ~lost).tolist()
         proposals = []
         for request, size, of_row, ends_of_row in zip(
             self.requests, self.sizes, ids, ends, strict=True
@@ -253,6 +262,8 @@ class _Draws:
                 flags = ends_of_row[branch][:size]
                 finished = True in flags
                 length = flags.index(True) if finished else len(flags)
+                if -1 in of_row[branch][:length]:
+                    finished, length = False, 0
                 candidates.append(
                     Candidate(
                         attempt=request.first_attempt + branch,
@@ -403,6 +414,13 @@ class _Pool:
         self.busy = False
         while self._released:
             self.release(self._released.pop())
+
+    @torch.inference_mode()
+    def clear(self, row: _Row) -> None:
+        """Forget what a row holds; it is computed anew when it is next drawn."""
+        row.ids, row.drafted, row.scored = [], [], False
+        if self.cache is not None:
+            self.cache.clear_row(row.index)
 
     def drop(self) -> None:
         """Free the buffers; every row is computed anew when it is next drawn."""
@@ -592,31 +610,35 @@ class RaggedDrafter(Drafter):
         missing = self._keep(pool, rows, draws.requests)
         for _ in self._feed(pool, rows, missing):
             yield ()
+        assert pool.cache is not None
+        assert pool.logits is not None
+        try:
+            streamed = self._draw(draws, pool.logits[: len(rows), None], 0, len(rows))
+            fed = [0] * len(rows)
+            tree = self._tree(draws, rows)
+            while active := draws.active:
+                yield self._in_order(streamed, order)
+                first, last = active[0], active[-1] + 1
+                logits = self._step(pool.cache, draws, tree, first, last)
+                for at in active:
+                    fed[at] += 1
+                    self.counts.drafted += draws.num_open(at)
+                num_open = sum(map(draws.num_open, active))
+                self.counts.idle += (last - first) * draws.branches - num_open
+                streamed = self._draw(draws, logits, first, last)
+            if streamed:
+                yield self._in_order(streamed, order)
+
+            proposals, ids = draws.results()
+            for row, count, length, of_row in zip(rows, draws.counts, fed, ids, strict=True):
+                row.branches = draws.branches
+                row.drafted = [token_ids[:length] for token_ids in of_row[:count]]
+        finally:
+            for at in draws.lost_rows():
+                pool.clear(rows[at])
         for row, request, lacked in zip(rows, draws.requests, missing, strict=True):
             if len(lacked) > 1:
                 pool.store(request.prefix, row)
-
-        assert pool.cache is not None
-        assert pool.logits is not None
-        streamed = self._draw(draws, pool.logits[: len(rows), None], 0, len(rows))
-        fed = [0] * len(rows)
-        tree = self._tree(draws, rows)
-        while active := draws.active:
-            yield self._in_order(streamed, order)
-            first, last = active[0], active[-1] + 1
-            logits = self._step(pool.cache, draws, tree, first, last)
-            for at in active:
-                fed[at] += 1
-                self.counts.drafted += draws.num_open(at)
-            self.counts.idle += (last - first) * draws.branches - sum(map(draws.num_open, active))
-            streamed = self._draw(draws, logits, first, last)
-        if streamed:
-            yield self._in_order(streamed, order)
-
-        proposals, ids = draws.results()
-        for row, count, length, of_row in zip(rows, draws.counts, fed, ids, strict=True):
-            row.branches = draws.branches
-            row.drafted = [token_ids[:length] for token_ids in of_row[:count]]
         returned: list[list[Candidate]] = [[] for _ in requests]
         for at, candidates in zip(order, proposals, strict=True):
             returned[at] = candidates
@@ -951,6 +973,8 @@ class SnapshotDrafter(_OneByOne):
             yield streamed
         snapshot.branches = branches
         snapshot.drafted = [ids[:fed] for ids in draws.results()[1][0][: draws.counts[0]]]
+        if draws.lost_rows():
+            self.release(prefix)
 
     def _advance(self, prefix: Prefix) -> Generator[Sequence[int | None], None, _Snapshot]:
         """Bring what is kept of a prefix to its end."""

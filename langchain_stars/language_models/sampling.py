@@ -106,7 +106,9 @@ class Sampler:
         numbers: Tensor,
         rows: slice = slice(None),
     ) -> Tensor:
-        """Return the token that each number, in (0, 1], picks.
+        """Return the token that each number, in (0, 1], picks; -1 where scores are not finite.
+
+        That is where one is NaN or infinite, or all are cut off. Other branches have their tokens.
 
         Args:
             scores: Warped logits; with one branch, all numbers of a row pick from it.
@@ -116,15 +118,19 @@ class Sampler:
         shared = scores.shape[1] == 1
         likeliest: Tensor | None = None
         if self._greedy is not None:
-            likeliest = scores.argmax(-1).expand(numbers.shape)
+            likeliest = scores.argmax(-1)
+            highest = scores.gather(-1, likeliest[..., None])[..., 0]
+            likeliest = likeliest.masked_fill(~highest.isfinite(), -1).expand(numbers.shape)
             if self._all_greedy:
                 return likeliest
         wide = scores if scores.device.type == "mps" else scores.double()
         cumulative = wide.softmax(-1).cumsum(-1)
         # The total is 1 but for rounding; the share of it keeps every number within reach.
-        wanted = numbers.to(cumulative.dtype) * cumulative[..., -1]
+        total = cumulative[..., -1]
+        wanted = numbers.to(cumulative.dtype) * total
         wanted = wanted[:, None] if shared else wanted[..., None]
         picked = torch.searchsorted(cumulative, wanted.contiguous()).view(numbers.shape)
+        picked = picked.masked_fill(~total.isfinite(), -1)
         if likeliest is not None:
             assert self._greedy is not None
             picked = torch.where(self._greedy[rows, None], likeliest, picked)
