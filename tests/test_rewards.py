@@ -1,9 +1,12 @@
 import asyncio
+import contextlib
 import gc
 import json
 import logging
 import math
+import os
 import random
+import signal
 import threading
 import time
 import traceback
@@ -39,6 +42,7 @@ from langchain_stars.rewards import (
     Subject,
     as_reward,
     bundled,
+    callables,
     classifiers,
     maximum,
     minimum,
@@ -1710,6 +1714,59 @@ def test_a_model_that_is_unloaded_while_it_is_asked_answers(
     assert scorer.score([request("Hello")]) == expected
     unloading.join()
     assert scorer._runner is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only where processes fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_is_answered_whatever_threads_of_its_parent_held(
+    make_folder: Callable[..., Path], loads: list[str]
+) -> None:
+    async def judge(completions: Any) -> list[float]:
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    classifier = SequenceClassifier(make_folder("llama", num_labels=1, seed=14))
+    function = as_reward(judge).scorer
+    unread = SequenceClassifier(classifier.name, closed="never")
+    asked = request("Hello")
+    expected = [scorer.score([asked]) for scorer in (classifier, function)]
+    assert isinstance(function, callables.FunctionScorer)
+    locks = [
+        classifiers._registry_lock,
+        classifiers._model_locks[classifier._source.key],
+        classifier._lock,
+        classifier._source._lock,
+        unread._source._lock,
+        classifier._runner._loaded.tokenizer_lock,  # type: ignore[union-attr]
+        function._loop._lock,
+    ]
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with contextlib.ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        try:
+            answers = [scorer.score([asked]) for scorer in (classifier, function)]
+            unread.score([asked])
+            os._exit(0 if answers == expected and len(loads) == 1 else 1)
+        finally:
+            os._exit(2)
+    _, status = os.waitpid(child, 0)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert function.score([asked]) == expected[1]
+    function.unload()
 
 
 def test_heads_of_one_model_are_read_from_one_pass(make_folder: Callable[..., Path]) -> None:

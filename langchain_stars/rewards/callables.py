@@ -281,11 +281,12 @@ class _Loop:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._process = 0
+        _loops.add(self)
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine to its end, from any thread but the loop's own."""
         with self._lock:
-            if self._loop is None or self._process != os.getpid():  # a fork leaves the thread
+            if self._loop is None:
                 loop = asyncio.new_event_loop()
                 threading.Thread(
                     target=_serve, args=(loop,), name="stars-reward", daemon=True
@@ -300,6 +301,23 @@ class _Loop:
             loop, self._loop = self._loop, None
         if loop is not None:
             _stop(loop, self._process)
+
+    def renew(self) -> None:
+        """Go on in a forked child, in which the thread is not and the lock may be held."""
+        self._lock = threading.Lock()
+        self._loop = None
+
+
+_loops: "weakref.WeakSet[_Loop]" = weakref.WeakSet()
+
+
+def _renew() -> None:
+    for loop in list(_loops):
+        loop.renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 def _stop(loop: asyncio.AbstractEventLoop, process: int) -> None:

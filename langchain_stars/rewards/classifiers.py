@@ -376,8 +376,9 @@ class SequenceClassifier(Scorer):
         self._max_tokens = max_tokens
         self._cost = cost
         self._lock = threading.RLock()
+        self._loaded: _Loaded | None = None
         self._runner: _Runner | None = None
-        self._counters = Counters()
+        _all_scorers.add(self)
 
     @classmethod
     def shared(cls, model: str | os.PathLike[str], **settings: Any) -> "SequenceClassifier":
@@ -438,7 +439,7 @@ class SequenceClassifier(Scorer):
         """Load the model and its tokenizer, once for the process; any thread may call it."""
         with self._lock:
             if self._runner is None:
-                loaded = _load(self._source)
+                self._loaded = loaded = _load(self._source)
                 with loaded.tokenizer_lock:
                     writer = _Writer(
                         loaded,
@@ -476,7 +477,15 @@ class SequenceClassifier(Scorer):
     def unload(self) -> None:
         """Free what was read and, where no other scorer uses it, the model."""
         with self._lock:
-            self._runner = None
+            self._loaded = self._runner = None
+
+    def _renew(self) -> None:
+        """Go on in a forked child: without what another thread held, or had read by half."""
+        self._lock = threading.RLock()
+        self._source.renew()
+        self._runner = None  # the weights stay
+        if self._loaded is not None:
+            self._loaded.tokenizer_lock = threading.Lock()
 
 
 # Checkpoints
@@ -506,6 +515,10 @@ class _Source:
         self._lock = threading.Lock()
         self._config: Any = None
         self._identity: dict[str, Any] | None = None
+
+    def renew(self) -> None:
+        """Replace the lock, which another thread may have held when this process was forked."""
+        self._lock = threading.Lock()
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -653,6 +666,20 @@ _registry_lock = threading.Lock()
 _scorers: "weakref.WeakValueDictionary[Any, SequenceClassifier]" = weakref.WeakValueDictionary()
 _models: "weakref.WeakValueDictionary[Any, _Loaded]" = weakref.WeakValueDictionary()
 _model_locks: dict[Any, threading.Lock] = {}
+_all_scorers: "weakref.WeakSet[SequenceClassifier]" = weakref.WeakSet()
+
+
+def _renew() -> None:
+    """Replace, in a forked child, the locks that threads of the parent may have held."""
+    global _registry_lock
+    _registry_lock = threading.Lock()
+    _model_locks.clear()
+    for scorer in list(_all_scorers):
+        scorer._renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 def _default_device() -> str:
