@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import functools
 import gc
 import json
 import logging
@@ -411,6 +412,48 @@ def test_without_a_version_a_function_equals_no_other() -> None:
     assert as_reward(judge, version="1").fingerprint == as_reward(judge, version="1").fingerprint
     assert as_reward(judge, version="1").fingerprint != as_reward(judge, version="2").fingerprint
     assert as_reward(judge, version="1").versioned
+
+
+class Weighted:
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def __call__(self, completions: Any) -> list[float]:
+        return [self.weight for _ in completions]
+
+    def method(self, completions: Any) -> list[float]:
+        return self(completions)
+
+    @classmethod
+    def of_class(cls, completions: Any) -> list[float]:
+        return cls(1.0)(completions)
+
+
+def test_different_functions_of_one_version_have_different_identities() -> None:
+    def weigh(completions: Any, weight: float = 1.0) -> list[float]:
+        return [weight for _ in completions]
+
+    def elsewhere() -> Any:
+        def weigh(completions: Any) -> list[float]:
+            return []
+
+        return weigh
+
+    for nameless in (
+        lambda completions: [1.0],
+        functools.partial(weigh, weight=2.0),
+        Weighted(1.0),
+        Weighted(1.0).method,
+    ):
+        with pytest.raises(ValueError, match="`name` must be given beside `version`"):
+            as_reward(nameless, version="1")
+        assert not as_reward(nameless).versioned
+        named = as_reward(nameless, version="1", name="named")
+        assert named.fingerprint == as_reward(nameless, version="1", name="named").fingerprint
+        assert named.fingerprint != as_reward(nameless, version="1", name="other").fingerprint
+        json.dumps(named.identity)
+    known = (weigh, elsewhere(), Weighted.of_class)
+    assert len({as_reward(function, version="1").fingerprint for function in known}) == 3
 
 
 def test_a_value_out_of_the_promised_range_rejects() -> None:

@@ -46,7 +46,8 @@ def as_reward(
         function: The function, or any object that can be called.
         name: What reports call it; the name of the function if not given.
         version: Changes whenever the function would answer otherwise. Without one, nothing that
-            it judged is ever taken from a cache.
+            it judged is ever taken from a cache. What has no name of its own (a lambda, a partial
+            function, an instance or a method of one) needs a `name` beside it.
         range: Least and greatest value that it returns. With it a candidate can be rejected
             before a slower reward has answered.
         target: The reward of a good reply.
@@ -55,7 +56,7 @@ def as_reward(
 
     Raises:
         TypeError: It cannot be called, or not in this convention.
-        ValueError: A number is out of its range.
+        ValueError: A number is out of its range, or `version` needs a `name`.
     """
     return FunctionReward(
         FunctionScorer(function, name=name, version=version),
@@ -149,6 +150,10 @@ class FunctionScorer(Scorer):
         self.name = str(given or type(function).__name__)
         if not self.name.strip():
             raise ValueError("`name` must not be empty")
+        if version is not None and name is None and not _has_name(function):
+            raise ValueError(
+                f"`name` must be given beside `version`: others may be called {self.name!r} too"
+            )
         self._function = function
         self._version = version
         self._nonce = uuid.uuid4().hex
@@ -157,8 +162,12 @@ class FunctionScorer(Scorer):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Name and version; without a version, an identity that no other object has."""
-        identity: dict[str, Any] = {"kind": "function", "name": self.name}
+        """Names and version; without a version, an identity that no other object has."""
+        identity: dict[str, Any] = {
+            "kind": "function",
+            "name": self.name,
+            "function": _qualified(self._function),
+        }
         if self._version is not None:
             return identity | {"version": self._version}
         return identity | {"versioned": False, "nonce": self._nonce}
@@ -230,6 +239,20 @@ def _value(value: Any) -> float:
             raise _NotNumbers("returned a list of arrays, not of numbers")
     number = float(value)
     return number if math.isfinite(number) else math.nan
+
+
+def _has_name(function: Callable[..., Any]) -> bool:
+    """Return whether a function is known by its name, and holds no object that decides for it."""
+    owner = getattr(function, "__self__", None)
+    return getattr(function, "__name__", "<lambda>") != "<lambda>" and (
+        not inspect.ismethod(function) or isinstance(owner, type)
+    )
+
+
+def _qualified(function: Callable[..., Any]) -> str:
+    """Return the module of a function, or of the class of an object, and its name there."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _accepted(function: Callable[..., Any], name: str) -> tuple[str, ...]:
