@@ -10,13 +10,13 @@ Source:
     drafting one at a time, is ours.
 """
 
-import itertools
 import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise, takewhile
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from langchain_stars.acceptance import Acceptance, expected_accepted, floor_holds
@@ -626,7 +626,7 @@ class Row:
     def _end(self, reason: FinishReason) -> None:
         """Show what is left and report."""
         held, self._held = self._held, []
-        for kept, follower in itertools.pairwise(held):
+        for kept, follower in pairwise(held):
             self._show(follower.visit.before.showable(self._stop), kept.segment)
         self._show(self._text.text, self._segments[-1])
         self._report(reason)
@@ -792,9 +792,11 @@ def advance(
     for row, count, candidates in zip(ready, counts, proposals, strict=True):
         if row.ended:
             continue
-        if len(candidates) != count or not all(each.num_drawn for each in candidates):
+        if len(candidates) != count or not candidates[0].num_drawn:
             row.fail(ReplyFailedError("the language model drew nothing"))
             continue
+        # The reply fails when its turn comes to an attempt without tokens, and not before.
+        candidates = list(takewhile(lambda each: each.num_drawn, candidates))
         row.count_drafted(candidates)
         if barrier and row.num_segments > behind:
             continue

@@ -483,6 +483,31 @@ class Silent(ScriptedLanguageModel):
         ]
 
 
+class Fading(ScriptedLanguageModel):
+    """Draws nothing for the third attempt of a segment."""
+
+    def drafting(self, requests: Any) -> Any:
+        proposals = yield from super().drafting(requests)
+        return [
+            [
+                dataclasses.replace(one, token_ids=(), finished=False) if one.attempt == 3 else one
+                for one in candidates
+            ]
+            for candidates in proposals
+        ]
+
+
+def test_a_reply_fails_when_its_turn_comes_to_an_attempt_without_tokens_and_not_before() -> None:
+    def run(count: int) -> list[tuple[str, type]]:
+        guarded = policy("linear", "refuse", count=count)
+        replies = decode(guarded, range(60), model=Fading(script))
+        return [(text, type(last)) for text, last in replies]
+
+    one = run(1)
+    assert run(4) == one
+    assert {kind for _, kind in one} == {Report, ReplyFailedError}
+
+
 def test_a_row_that_nothing_is_drawn_for_fails_alone() -> None:
     replies = decode(None, range(3), model=Silent(script))
     expected = decode(None, range(3))
