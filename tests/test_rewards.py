@@ -1969,3 +1969,26 @@ def test_vocabularies_are_equal_where_tokens_of_replies_mean_the_same(
     assert vocabulary_of(loaded) == vocabulary_of(tokenizer)
     loaded.add_tokens(["word"])
     assert vocabulary_of(loaded) != vocabulary_of(tokenizer)
+
+
+def test_a_function_judges_a_reply_together_with_the_message_that_it_continues() -> None:
+    asked: list[Any] = []
+
+    def keep(prompts: Any, completions: Any, completion_ids: Any, **_: Any) -> list[float]:
+        asked.append((prompts, completions, completion_ids))
+        return [0.0] * len(completions)
+
+    chat = [{"role": "user", "content": "Say it"}, {"role": "assistant", "content": "for"}]
+    request = ScoreRequest(
+        subject=Subject(chat),
+        accepted=Completion(text="", finished=False, token_ids=()),
+        candidates=(Completion(text="bidden", finished=True, token_ids=(1,)),),
+    )
+    as_reward(keep).scorer.score([request])
+    assert asked == [
+        (
+            [[{"role": "user", "content": "Say it"}]],
+            [[{"role": "assistant", "content": "forbidden"}]],
+            [[]],
+        )
+    ]

@@ -39,6 +39,8 @@ def as_reward(
     `finished` (whether the reply ends there). One that lacks `**kwargs` is given those of them
     that it names. It returns one real number for each completion; it may be asynchronous.
 
+    Where the thread ends in a message of the assistant, the completion begins with that.
+
     None, NaN and infinities reject their completion, and so do numbers out of `range`. Errors,
     a wrong number of rewards and what is no number reject all completions of the call.
 
@@ -182,13 +184,20 @@ class FunctionScorer(Scorer):
 
     def _ask(self, request: ScoreRequest) -> list[Raw]:
         candidates = request.candidates
+        prompt = list(request.subject.chat)
+        begun = ""
+        if prompt and prompt[-1].get("role") == "assistant":  # the reply goes on from there
+            begun = text_of(prompt.pop())
         # Copies: what the function does to its arguments is nobody else's concern.
         arguments: dict[str, Any] = {
-            "prompts": [copy.deepcopy(list(request.subject.chat)) for _ in candidates],
+            "prompts": [copy.deepcopy(prompt) for _ in candidates],
             "completions": [
-                [{"role": "assistant", "content": candidate.text}] for candidate in candidates
+                [{"role": "assistant", "content": begun + candidate.text}]
+                for candidate in candidates
             ],
-            "completion_ids": [list(candidate.token_ids or ()) for candidate in candidates],
+            "completion_ids": [
+                [] if begun else list(candidate.token_ids or ()) for candidate in candidates
+            ],
             "finished": [candidate.finished for candidate in candidates],
         }
         failure = ""
