@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from json import dumps as dump_json
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -56,6 +56,9 @@ from langchain_stars.rewards.classifiers import SequenceClassifier
 SEGMENT_SIZE = 16
 MAX_ATTEMPTS = 20
 COMMAND = "langchain-stars benchmark"
+
+Clock: TypeAlias = Literal["wall", "processor"]
+"""Seconds that pass, or those that this process computes: the same on a machine of its own."""
 
 _TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -165,6 +168,7 @@ class Scale:
         rows: Numbers of rows of the growth curve.
         shares: Sizes of rewards of the growth curve, relative to the language model.
         memory_rounds: Rounds over which memory must not grow.
+        clock: What seconds are.
     """
 
     language_model: Shape
@@ -181,6 +185,7 @@ class Scale:
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     shares: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     memory_rounds: int = 24
+    clock: Clock = "wall"
 
 
 CPU_MODEL = Shape(layers=8, width=768, heads=12, kept_heads=4, inner=2048)
@@ -407,6 +412,10 @@ class Bench:
         self._classifiers: dict[Shape, SequenceClassifier] = {}
         self.cuda = scale.device.startswith("cuda")
 
+    def now(self) -> float:
+        """Return the time, in seconds."""
+        return time.process_time() if self.scale.clock == "processor" else time.perf_counter()
+
     def close(self) -> None:
         """End the engines."""
         for engine in self._engines.values():
@@ -558,13 +567,13 @@ class Bench:
         orders = [order(prompt) for prompt in prompts]
         firsts: list[float] = []
         told: list[tuple[str, Report]] = []
-        begin = time.perf_counter()
+        begin = self.now()
         if together:
             replies = [engine.reply(each) for each in orders]
-            told = [_read(reply, firsts) for reply in replies]
+            told = [_read(reply, firsts, self.now) for reply in replies]
         else:
-            told = [_read(engine.reply(each), firsts) for each in orders]
-        end = time.perf_counter()
+            told = [_read(engine.reply(each), firsts, self.now) for each in orders]
+        end = self.now()
         after = (
             engine.statistics.num_rounds,
             engine.statistics.num_waiting_rounds,
@@ -632,10 +641,10 @@ class Bench:
             if way != "concurrent":
                 return ask(prompts)
             with ThreadPoolExecutor(replies) as threads:
-                begin = time.perf_counter()
+                begin = self.now()
                 samples = list(threads.map(ask, [[prompt] for prompt in prompts]))
             return Sample(
-                seconds=time.perf_counter() - begin,
+                seconds=self.now() - begin,
                 num_tokens=sum(sample.num_tokens for sample in samples),
             )
 
@@ -643,29 +652,26 @@ class Bench:
 
     # The peers' sides
 
-    def generating(self, replies: int, *, batch: int) -> Side:
-        """Return the side of transformers' `generate`, batch after batch."""
+    def generating(self, replies: int) -> Side:
+        """Return the side of transformers' `generate`, all replies in one batch."""
 
         def side(pair: int) -> Sample:
             prompts = self.prompts(1000 * pair, replies)
-            num_tokens = 0
-            begin = time.perf_counter()
-            for at in range(0, replies, batch):
-                of_batch = [prompt.ids for prompt in prompts[at : at + batch]]
-                ids = torch.tensor(of_batch, device=self.scale.device)
-                with torch.inference_mode(), _quiet():
-                    output = self.peer.generate(
-                        ids,
-                        attention_mask=torch.ones_like(ids),
-                        do_sample=True,
-                        temperature=1.0,
-                        top_k=0,
-                        top_p=1.0,
-                        max_new_tokens=self.scale.tokens,
-                        pad_token_id=0,
-                    )
-                num_tokens += output[:, ids.shape[1] :].cpu().numel()
-            return Sample(seconds=time.perf_counter() - begin, num_tokens=num_tokens)
+            begin = self.now()
+            ids = torch.tensor([prompt.ids for prompt in prompts], device=self.scale.device)
+            with torch.inference_mode(), _quiet():
+                output = self.peer.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=self.scale.tokens,
+                    pad_token_id=0,
+                )
+            num_tokens = output[:, ids.shape[1] :].cpu().numel()
+            return Sample(seconds=self.now() - begin, num_tokens=num_tokens)
 
         return side
 
@@ -692,7 +698,7 @@ class Bench:
 
         def side(pair: int) -> Sample:
             prompts = [list(prompt.ids) for prompt in self.prompts(1000 * pair, replies)]
-            begin = time.perf_counter()
+            begin = self.now()
             with _quiet():
                 answers = self._paged.generate_batch(
                     prompts,
@@ -700,7 +706,7 @@ class Bench:
                     continuous_batching_config=settings,
                 )
             return Sample(
-                seconds=time.perf_counter() - begin,
+                seconds=self.now() - begin,
                 num_tokens=sum(len(answer.generated_tokens) for answer in answers.values()),
             )
 
@@ -733,7 +739,7 @@ class Bench:
             [prompt] = self.prompts(1000 * pair, 1)
             each = math.ceil(self.scale.tokens / SEGMENT_SIZE)
             needed = stratified_attempts(probability, each, seed=pair)
-            begin = time.perf_counter()
+            begin = self.now()
             kept = torch.tensor([prompt.ids], device=self.scale.device)
             reward(input_ids=kept, use_cache=False)  # the threshold begins at the prompt's
             for count in needed:
@@ -741,7 +747,7 @@ class Bench:
                     text = attempt(kept)
                 kept = text
             return Sample(
-                seconds=time.perf_counter() - begin,
+                seconds=self.now() - begin,
                 num_tokens=kept.shape[1] - len(prompt.ids),
                 num_attempts=sum(needed),
             )
@@ -788,10 +794,10 @@ class Bench:
         ids = torch.ones((rows, width), dtype=torch.long, device=device)
         times = []
         for _ in range(9):
-            begin = time.perf_counter()
+            begin = self.now()
             output = model(input_ids=ids, past_key_values=cache)
             float(output[0].flatten()[0])
-            times.append(time.perf_counter() - begin)
+            times.append(self.now() - begin)
             cache.crop(-width)
         return statistics.median(times[2:])
 
@@ -806,9 +812,9 @@ class Bench:
             times = []
             with torch.inference_mode():
                 for _ in range(7):
-                    begin = time.perf_counter()
+                    begin = self.now()
                     float(model(input_ids=ids, use_cache=True, **settings)[0].flatten()[0])
-                    times.append(time.perf_counter() - begin)
+                    times.append(self.now() - begin)
             self._steps[key] = statistics.median(times[1:])
         return self._steps[key]
 
@@ -851,12 +857,12 @@ def _as_held(model: Any) -> Any:
     return fast
 
 
-def _read(reply: SyncReply, firsts: list[float]) -> tuple[str, Report]:
+def _read(reply: SyncReply, firsts: list[float], now: Callable[[], float]) -> tuple[str, Report]:
     parts = []
     seen = False
     for delta in reply:
         if not seen and delta.segment is not None:
-            firsts.append(time.perf_counter())
+            firsts.append(now())
             seen = True
         parts.append(delta.text)
     if reply.report is None:
@@ -1139,23 +1145,20 @@ class Benchmark:
         bench, scale = self.bench, self.scale
         if not self.wants("C1", "C2", "C2b", "C3"):
             return
-        replies = 2 if scale.pairs > 2 else 1  # of a sample, one after the other
 
         def own(probability: float | None = None, candidates: int | None = None) -> Side:
-            return bench.side(
-                replies, probability, candidates=candidates, max_rows=1, together=False
-            )
+            return bench.side(1, probability, candidates=candidates)
 
         sides: dict[str, Side] = {"unguarded": own()}
         if self.wants("C1"):
-            sides["generate"] = bench.generating(replies, batch=1)
+            sides["generate"] = bench.generating(1)
         if self.wants("C2"):
             sides["p=1"] = own(1.0)
         if self.wants("C2b", "C3"):
             sides["p=0.5"] = own(0.5)
         if self.wants("C3"):
             sides |= {"p=0.5, M=1": own(0.5, 1), "p=0.25": own(0.25), "p=0.25, M=1": own(0.25, 1)}
-        samples = self._measure("one row", sides, scale.pairs)
+        samples = self._measure("one row", sides, scale.pairs, warm=False)
         plain = bench.plain_round_seconds(1)
         if self.wants("C1"):
             name = "unguarded / generate, 1 row"
@@ -1183,7 +1186,7 @@ class Benchmark:
             return
         sides: dict[str, Side] = {"unguarded": bench.side(8)}
         if self.wants("C1"):
-            sides["generate"] = bench.generating(8, batch=8)
+            sides["generate"] = bench.generating(8)
         if self.wants("C2"):
             sides["p=1"] = bench.side(8, 1.0)
         samples = self._measure("eight rows", sides, self.scale.pairs)
@@ -1202,7 +1205,7 @@ class Benchmark:
         name = "unguarded / transformers continuous batching, 8 rows"
         sides = {"unguarded": self.bench.side(8), "continuous": self.bench.batching(8)}
         try:
-            samples = self._measure("continuous", sides, self.scale.long_pairs)
+            samples = self._measure("continuous", sides, min(2, self.scale.long_pairs))
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             note = f"it could not be run here: {type(error).__name__}"
             self.results.rows.append(Result(id="P1", name=name, value=None, note=note))
@@ -1214,10 +1217,10 @@ class Benchmark:
         bench, pairs = self.bench, self.scale.long_pairs
         if not self.wants("C2b", "C10"):
             return
-        replies = 32 if pairs > 1 else 16
+        replies, tokens = (32 if pairs > 1 else 16), min(64, self.scale.tokens)
         sides = {
-            "unguarded": bench.side(replies, max_rows=8, priority="batch"),
-            "p=0.5": bench.side(replies, 0.5, max_rows=8, priority="batch"),
+            "unguarded": bench.side(replies, tokens=tokens, max_rows=8, priority="batch"),
+            "p=0.5": bench.side(replies, 0.5, tokens=tokens, max_rows=8, priority="batch"),
         }
         samples = self._measure("queue", sides, pairs, warm=False)
         if self.wants("C2b"):
@@ -1241,7 +1244,7 @@ class Benchmark:
             "8 rows": bench.side(8, 0.5),
             "CARDS": bench.recomputing(0.5),
         }
-        samples = self._measure("CARDS", sides, self.scale.long_pairs, warm=False)
+        samples = self._measure("CARDS", sides, min(2, self.scale.long_pairs), warm=False)
         for side, gate in (("1 row", ">= 7.5"), ("8 rows", ">= 20")):
             name = f"guarded, {side} / CARDS-style loop, p = 0.5, {self.scale.tokens} tokens"
             self._add_ratio("C4", name, samples, side, "CARDS", gate)
@@ -1557,7 +1560,7 @@ class AcceleratorBenchmark(Benchmark):
                 return
             own = bench.side(rows)
             name = f"unguarded / generate, {rows} rows"
-            self._pair("G2", name, own, bench.generating(rows, batch=rows), ">= 3")
+            self._pair("G2", name, own, bench.generating(rows), ">= 3")
             name = f"unguarded / continuous batching, {rows} rows"
             self._pair("G2", name, own, bench.batching(rows), ">= 0.9")
 
@@ -1740,7 +1743,11 @@ def about(scale: Scale) -> dict[str, str]:
         "load": f"prompt {scale.prompt}, {scale.tokens} new tokens, segments of {SEGMENT_SIZE}, "
         "temperature 1, acceptance forced with coins stratified to a mean of exactly 1 / p "
         "attempts, the same on both sides",
-        "reading": "median of paired ratios, both sides in turn; least .. greatest of them",
+        "reading": "median of paired ratios, both sides in turn; least .. greatest of them; "
+        + {
+            "wall": "seconds that passed",
+            "processor": "seconds of processor time, so that others on the machine count little",
+        }[scale.clock],
     }
 
 
@@ -1773,6 +1780,7 @@ def measure(
     *,
     only: Sequence[str] | None = None,
     quick: bool = False,
+    clock: Clock = "wall",
     scale: Scale | None = None,
     progress: Callable[[str, int], Callable[[], None]] | None = None,
 ) -> Results:
@@ -1780,7 +1788,8 @@ def measure(
 
     Args:
         only: Rows; all if None. `"growth"` are the curves.
-        quick: Whether less is measured, in some two minutes: to see that it runs.
+        quick: Whether less is measured, in some minutes: to see that it runs.
+        clock: What seconds are; others who use the machine meanwhile disturb `"processor"` less.
         scale: Models and sizes; those for this machine if not given.
         progress: As of `Benchmark`.
 
@@ -1790,13 +1799,13 @@ def measure(
     for name in only or ():
         if name not in (*_IDS, "growth"):
             raise ValueError(f"`only` must name rows of {', '.join(_IDS)} or growth, got {name}")
-    small = _LESS if quick else {}
+    small = {**(_LESS if quick else {}), "clock": clock}
     results = Results()
     if only is None or not set(only) <= set(_ACCELERATOR):
         results = _in_folder(Benchmark, scale or Scale(**{**_fields(CPU), **small}), only, progress)
     if only is None or set(only) & set(_ACCELERATOR):
         if torch.cuda.is_available():
-            larger = Scale(**{**_fields(GPU), **small, "prompt": GPU.prompt})
+            larger = Scale(**{**_fields(GPU), **small, "prompt": GPU.prompt, "clock": "wall"})
             more = _in_folder(AcceleratorBenchmark, larger, only, progress)
             results.rows += more.rows
             results.about |= {f"cuda {name}": value for name, value in more.about.items()}
@@ -1906,6 +1915,7 @@ def main(
     json: str | None = None,
     picture: str | None = None,
     quick: bool = False,
+    clock: Clock = "wall",
 ) -> int:
     """Measure, write the table to standard output, and return the exit status.
 
@@ -1914,6 +1924,7 @@ def main(
         json: Where to save everything as JSON.
         picture: Where to save a picture.
         quick: Whether less is measured.
+        clock: As of `measure`.
 
     Raises:
         ImportError: A picture is wanted and matplotlib is not installed.
@@ -1921,7 +1932,9 @@ def main(
     """
     if picture:
         _figure()  # told before half an hour is spent
-    results = measure(only=only.split(",") if only else None, quick=quick, progress=_bar)
+    results = measure(
+        only=only.split(",") if only else None, quick=quick, clock=clock, progress=_bar
+    )
     sys.stdout.write(results.as_text() + "\n")
     if json:
         Path(json).write_text(dump_json(results.as_json(), indent=2) + "\n")
