@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from langchain_stars.rewards.base import Leaf, Raw, RewardError, Scorer, ScoreRequest, within
+from langchain_stars.templates import text_of
 
 _KEYWORDS = ("prompts", "completions", "completion_ids", "finished")
 
@@ -187,7 +188,7 @@ class FunctionScorer(Scorer):
         prompt = list(request.subject.chat)
         begun = ""
         if prompt and prompt[-1].get("role") == "assistant":  # the reply goes on from there
-            begun = text_of(prompt.pop())
+            begun = text_of(prompt.pop().get("content"))
         # Copies: what the function does to its arguments is nobody else's concern.
         arguments: dict[str, Any] = {
             "prompts": [copy.deepcopy(prompt) for _ in candidates],
