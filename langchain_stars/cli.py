@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import io
+import json
 import logging
 import os
 import shlex
@@ -192,11 +193,14 @@ def _calibrate(parser: argparse.ArgumentParser) -> Run:
         "--reward", metavar="REWARD", required=True, help="objective, as `chat` takes it"
     )
     parser.add_argument(
-        "--prompts", metavar="FILE", required=True, help="text file with a prompt on each line"
+        "--prompts",
+        metavar="FILE",
+        required=True,
+        help='a prompt on each line, or a thread: {"messages": [{"role": ..., "content": ...}]}',
     )
     parser.add_argument("--save", metavar="FILE", help="where to write the policy, as JSON")
     parser.add_argument(
-        "--attempts",
+        "--mean-attempts",
         type=float,
         default=2.0,
         metavar="N",
@@ -411,11 +415,10 @@ def _table(screen: _Screen, turn: _Turn) -> None:
 
 def _run_calibrate(arguments: argparse.Namespace) -> int:
     screen = _Screen(laid_out=True)
-    with open(arguments.prompts, encoding="utf-8") as file:
-        prompts = [line.strip() for line in file if line.strip()]
-    if not prompts:
-        raise ValueError(f"`--prompts` must hold a prompt on each line, and {file.name} is empty")
-    with screen.waiting("loading the models") as end_waiting:
+    chats = _chats(arguments.prompts)
+    if arguments.save and not os.path.isdir(os.path.dirname(arguments.save) or "."):
+        raise ValueError(f"`--save` must name a file in a folder that is there: {arguments.save}")
+    with screen.waiting("loading the models"):
         from langchain_stars.calibration import calibrate
         from langchain_stars.language_models import load_language_model
         from langchain_stars.rewards.bundled import FOLDER
@@ -429,13 +432,12 @@ def _run_calibrate(arguments: argparse.Namespace) -> int:
             **_given(arguments, ("device", "dtype")),
         )
         language_model.load()
-        end_waiting()
-        counted = screen.counted("replies judged", len(prompts) * arguments.samples)
+    with screen.counting("replies judged", len(chats) * arguments.samples) as counted:
         found = calibrate(
             language_model,
             reward,
-            [[{"role": "user", "content": prompt}] for prompt in prompts],
-            mean_attempts=arguments.attempts,
+            chats,
+            mean_attempts=arguments.mean_attempts,
             segment_size=arguments.segment_size,
             max_tokens=arguments.max_tokens,
             num_samples=arguments.samples,
@@ -454,17 +456,52 @@ def _run_calibrate(arguments: argparse.Namespace) -> int:
     screen.line()
     screen.paragraph(
         f"With target {found.target:.4g} and beta {found.beta:.4g}, a segment takes about "
-        f"{found.mean_attempts:.3g} attempts."
+        f"{found.mean_attempts:.3g} attempts:"
     )
+    names = {"model": arguments.model} if arguments.model else {}
+    settings = names | {"reward": arguments.reward} | found.settings()
+    written = (
+        f"{name}={float(f'{value:.6g}') if isinstance(value, float) else value!r}"
+        for name, value in settings.items()
+    )
+    screen.line(" " * _MARGIN + f"ChatStars({', '.join(written)})")
     if arguments.save:
         found.save(arguments.save)
-        model = f" --model {arguments.model}" if arguments.model else ""
+        model = f" --model {shlex.quote(arguments.model)}" if arguments.model else ""
         screen.paragraph(f"Saved to {arguments.save}. To talk under it:")
         screen.line(
             " " * _MARGIN + f"{_program()} chat{model} --reward {shlex.quote(arguments.reward)} "
-            f"--policy {arguments.save}"
+            f"--policy {shlex.quote(arguments.save)}"
         )
     return 0
+
+
+def _chats(path: str) -> list[Any]:
+    """Return the prompts of a file as chats; what it says is in no error."""
+    from langchain_core.messages import convert_to_messages, convert_to_openai_messages
+
+    chats: list[Any] = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            prompt = line.strip()
+            if not prompt:
+                continue
+            if not prompt.startswith("{"):
+                chats.append([{"role": "user", "content": prompt}])
+                continue
+            try:
+                messages = json.loads(prompt)["messages"]
+                if not (isinstance(messages, list) and messages):
+                    raise ValueError("no messages")
+                messages = convert_to_messages(messages)
+                chats.append(convert_to_openai_messages(messages, text_format="string"))
+            except (KeyError, NotImplementedError, TypeError, ValueError):
+                raise ValueError(
+                    f"`--prompts` must hold `messages` in line {number} of {path}"
+                ) from None
+    if not chats:
+        raise ValueError(f"`--prompts` must hold a prompt on each line, and {path} is empty")
+    return chats
 
 
 # Screens
@@ -522,19 +559,18 @@ class _Screen:
             self.write((label if not number else "").ljust(_MARGIN), label_style)
             self.line(each, style)
 
-    def counted(self, what: str, total: int) -> Callable[[Iterable[Any]], Iterator[Any]]:
-        """Return a function that passes things on, and shows on a terminal how many they were."""
+    @contextlib.contextmanager
+    def counting(self, what: str, total: int) -> Iterator[Callable[[Iterable[Any]], Iterator[Any]]]:
+        """Yield a function that passes things on, and show on a terminal how many they were."""
 
         def count(things: Iterable[Any]) -> Iterator[Any]:
-            done = 0
-            with self.waiting(f"0 of {total} {what}"):
-                for thing in things:
-                    yield thing
-                    done += 1
-                    if self._status is not None:
-                        self._status.update(f"{done} of {total} {what}")
+            for done, thing in enumerate(things, start=1):
+                yield thing
+                if self._status is not None:
+                    self._status.update(f"{done} of {total} {what}")
 
-        return count
+        with self.waiting(f"0 of {total} {what}"):
+            yield count
 
     @contextlib.contextmanager
     def waiting(self, text: str) -> Iterator[Callable[[], None]]:

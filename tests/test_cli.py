@@ -233,7 +233,7 @@ def test_what_is_written_is_the_reply_of_the_chat_model(
         constraints=[],
     )
     code, out, _ = said(capsys, "chat", "--fast", *models, "--once", "Hello!")
-    assert (code, out) == (0, chat.invoke("Hello!").text + "\n")
+    assert (code, out) == (0, cli._visible(chat.invoke("Hello!").text) + "\n")
 
 
 def test_every_line_of_a_pipe_is_a_turn_of_one_thread(
@@ -255,7 +255,7 @@ def test_every_line_of_a_pipe_is_a_turn_of_one_thread(
     )
     first = chat.invoke("Hello!")
     second = chat.invoke([("user", "Hello!"), first, ("user", "And you?")])
-    assert out == f"{first.text}\n{second.text}\n"
+    assert out == cli._visible(f"{first.text}\n{second.text}\n")
 
 
 def test_a_system_message_stands_before_the_thread(
@@ -270,7 +270,8 @@ def test_a_system_message_stands_before_the_thread(
         constraints=[],
     )
     _, out, _ = said(capsys, "chat", "--fast", *models, "--system", "Be kind.", "--once", "Hello!")
-    assert out == chat.invoke([("system", "Be kind."), ("user", "Hello!")]).text + "\n"
+    reply = chat.invoke([("system", "Be kind."), ("user", "Hello!")])
+    assert out == cli._visible(reply.text) + "\n"
 
 
 def test_a_reply_that_is_refused_says_so_and_ends_well(
@@ -546,7 +547,8 @@ def test_thresholds_are_calibrated_saved_and_used(
     tmp_path: Path, models: list[str], capsys: pytest.CaptureFixture[str]
 ):
     prompts, policy = tmp_path / "prompts.txt", tmp_path / "policy.json"
-    prompts.write_text("Hello!\n\nHow are you?\n")
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    prompts.write_text(f"Hello!\n\nHow are you?\n{json.dumps({'messages': messages})}\n")
     name = ["--model", models[1], "--device", "cpu"]
     code, out, err = said(
         capsys,
@@ -556,7 +558,14 @@ def test_thresholds_are_calibrated_saved_and_used(
     assert (code, err) == (0, "")
     assert "a segment takes about 2 attempts" in " ".join(out.split())
     found = json.loads(policy.read_text())
+    assert found["num_prompts"] == 3
     assert f"With target {found['target']:.4g}" in " ".join(out.split())
+    assert len(re.findall(r"\n +\d+ +\d+( +-?[\d.e-]+){5}(?=\n)", out)) == len(found["positions"])
+    [line] = [line.strip() for line in out.splitlines() if "ChatStars(" in line]
+    pasted = eval(line, {"ChatStars": langchain_stars.ChatStars})
+    assert pasted.model == models[1]
+    for setting in ("target", "beta", "alpha", "horizon", "segment_size"):
+        assert getattr(pasted, setting) == pytest.approx(found[setting], rel=1e-5)
     [command] = [line for line in out.splitlines() if "--policy" in line]
     assert command.endswith(f"chat --model {models[1]} --reward helpfulness --policy {policy}")
 
@@ -566,7 +575,7 @@ def test_thresholds_are_calibrated_saved_and_used(
         **dict(model=models[1], device="cpu", seed=1, max_tokens=32, reward="helpfulness"),
         **{key: found[key] for key in ("target", "beta", "alpha", "horizon", "segment_size")},
     ).invoke("Hello!")
-    assert by_policy == reply.text + "\n"
+    assert by_policy == cli._visible(reply.text) + "\n"
 
     for reward, message in (
         ([], "`--policy` needs the `--reward` it was found for: helpfulness"),
@@ -582,12 +591,55 @@ def test_thresholds_are_calibrated_saved_and_used(
     assert "helpfulness, which has changed since" in err
 
 
-def test_calibration_wants_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "empty.txt").write_text("\n \n")
-    for path, message in (("empty.txt", "is empty"), ("none.txt", "No such file")):
-        code, out, err = said(
-            capsys, "calibrate", "--reward", "helpfulness", "--prompts", str(tmp_path / path)
-        )
-        assert (code, out) == (2, "")
-        assert message in err
-        assert err.count("\n") == 1
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("\n \n", "is empty"),
+        (None, "No such file"),
+        ("Hello\n{a secret", "must hold `messages` in line 2"),
+        ('{"prompt": "a secret"}', "must hold `messages` in line 1"),
+        ('{"messages": "a secret"}', "must hold `messages` in line 1"),
+        ('{"messages": [{"role": "a secret", "content": ""}]}', "must hold `messages` in line 1"),
+        ('{"messages": []}', "must hold `messages` in line 1"),
+    ],
+)
+def test_calibration_wants_prompts(
+    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_text(content)
+    code, out, err = said(capsys, "calibrate", "--reward", "helpfulness", "--prompts", str(path))
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "secret" not in err
+    assert err.count("\n") == 1
+
+
+def test_calibration_says_at_once_that_it_cannot_save(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "prompts.txt").write_text("Hello!")
+    asked = ["--reward", "/nowhere", "--prompts", str(tmp_path / "prompts.txt")]
+    code, out, err = said(capsys, "calibrate", *asked, "--save", str(tmp_path / "no" / "p.json"))
+    assert (code, out) == (2, "")
+    assert "`--save` must name a file in a folder that is there" in err
+
+
+@needs_terminal
+@needs_bundled
+def test_an_interrupt_ends_calibration_and_saves_nothing(
+    models: list[str], terminals: list[Terminal], tmp_path: Path
+):
+    (tmp_path / "prompts.txt").write_text("Hello!\n" * 200)
+    terminal = Terminal(
+        *("calibrate", "--model", models[1], "--device", "cpu", "--reward", "helpfulness"),
+        *("--prompts", str(tmp_path / "prompts.txt"), "--save", str(tmp_path / "policy.json")),
+    )
+    terminals.append(terminal)
+    terminal.wait_for(r"\d+ of 800 replies judged")
+    terminal.type("\x03")
+    ended = terminal.wait_for("(?s).*\x1b\\[\\?25h", timeout=30)
+    assert "Traceback" not in ended
+    assert terminal.exit_code() == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
