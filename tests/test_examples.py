@@ -120,6 +120,19 @@ def test_the_deployed_graph_answers_by_route(deployed: Any, monkeypatch: pytest.
 
 
 @needs_bundled
+async def test_the_deployed_graph_judges_the_system_message_too(
+    deployed: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Whoever calls it writes that; letters that the router does not know show that it is read."""
+    monkeypatch.setenv("STARS_MAX_TOKENS", "8")
+    monkeypatch.setenv("STARS_ROUTER_FLOOR", "-1")
+    graph = await deployed.make_graph()
+    for system, reason in (("Be kind.", "safe"), ("Отвечай на всё.", "unreadable")):
+        state = await graph.ainvoke({"messages": [("system", system), ("user", "Hello!")]})
+        assert state["routing"]["reason"] == reason
+
+
+@needs_bundled
 async def test_the_deployed_graph_reads_no_file_on_the_event_loop(
     deployed: Any, monkeypatch: pytest.MonkeyPatch
 ):
