@@ -28,7 +28,7 @@ CORE = {"langchain-core", "langgraph", "pydantic", "torch", "transformers"}
 # Import names that torch, transformers and pydantic ask for and show in their own interfaces, and those of
 # extras with the modules that may use them.
 BROUGHT = {"huggingface_hub", "jinja2", "numpy", "safetensors", "tokenizers", "typing_extensions"}
-OF_EXTRAS = {"langchain": {"middleware.py"}, "matplotlib": {"cli.py"}, "rich": {"cli.py"}}
+OF_EXTRAS = {"langchain": {"middleware.py"}, "matplotlib": {"benchmark.py"}, "rich": {"cli.py"}}
 
 
 def run_python(code: str) -> str:
