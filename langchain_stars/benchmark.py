@@ -59,6 +59,7 @@ COMMAND = "langchain-stars benchmark"
 
 Clock: TypeAlias = Literal["wall", "processor"]
 """Seconds that pass, or those that this process computes: the same on a machine of its own."""
+CLOCKS: tuple[Clock, ...] = ("wall", "processor")
 
 _TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"

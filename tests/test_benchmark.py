@@ -1,6 +1,7 @@
 """What the benchmark calls exact is exact, its coins are fair, and it runs from end to end."""
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,15 @@ def test_rows_that_want_an_accelerator_say_how_to_get_them() -> None:
     assert row.value is None
     assert "no CUDA device" in row.note
     assert "--only G2" in row.note
+
+
+def test_the_processor_clock_does_not_count_waiting(tmp_path: Path) -> None:
+    wall, processor = (Bench(replace(TINY, clock=clock), tmp_path) for clock in benchmark.CLOCKS)
+    before = wall.now(), processor.now()
+    time.sleep(0.5)
+    assert wall.now() - before[0] >= 0.5
+    assert processor.now() - before[1] < 0.4
+    assert "processor" in benchmark.about(processor.scale)["reading"]
 
 
 def test_a_row_that_there_is_not_is_told(capsys: pytest.CaptureFixture[str]) -> None:
