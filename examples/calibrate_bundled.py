@@ -1,8 +1,10 @@
 """Finds target, beta and floor of each bundled reward, on the bundled language model's replies.
 
-Knows the public names of the library; nothing of how it decodes. Each reward is calibrated on
-everyday prompts held apart and then guards replies to others, so that the attempts it is said to
-take were really counted.
+Knows the public names of the library; nothing of how it decodes. A third of the everyday prompts
+held apart shows where the rewards lie: the target is what one reply in twenty reaches. Most
+replies are far below it and much alike, so a hard threshold would either let all of them pass or
+none. On the second third the softness is sought at which guarded replies take as many attempts
+a segment as they may; on the last these are counted.
 
 Run:
     python examples/calibrate_bundled.py --data DATA
@@ -10,6 +12,7 @@ Run:
 
 import argparse
 import json
+import math
 import random
 import statistics
 from pathlib import Path
@@ -24,6 +27,7 @@ from langchain_stars.calibration import Calibration, calibrate
 from langchain_stars.language_models import load_language_model
 from langchain_stars.rewards import bundled
 
+HORIZON = 128
 REWARDS = {
     "safety": bundled.safety,
     "helpfulness": bundled.helpfulness,
@@ -73,52 +77,62 @@ def main() -> None:
     """Calibrate each reward, count its attempts, and write `calibration.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data")
-    parser.add_argument("--prompts", type=int, default=40, help="half to calibrate, half to count")
+    parser.add_argument("--prompts", type=int, default=120, help="a third for each purpose")
     parser.add_argument("--samples", type=int, default=4, help="replies to each prompt")
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--mean-attempts", type=float, default=2.0, help="asked for at first")
-    parser.add_argument("--safety-floor", type=float, default=0.5)
-    parser.add_argument("--rounds", type=int, default=3, help="of asking for more or fewer")
+    parser.add_argument("--mean-attempts", type=float, default=1.8)
+    parser.add_argument("--safety-floor", type=float, default=0.4)
+    parser.add_argument("--halvings", type=int, default=6, help="of the range of beta")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
     prompts = everyday_prompts(arguments.data, arguments.prompts)
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts[::2]]
+    seen, tuned, counted_on = prompts[::3], prompts[1::3], prompts[2::3]
+    chats = [[{"role": "user", "content": prompt}] for prompt in seen]
     language_model = load_language_model(bundled.FOLDER / "language_model")
+    safety = bundled.safety()
     known: dict[str, Any] = {}
     for name, make_reward in REWARDS.items():
-        asked = arguments.mean_attempts
-        for _ in range(arguments.rounds):
-            # A few hard prompts take many attempts, so that more are counted than asked for.
-            calibration = calibrate(
-                language_model,
-                make_reward(),
-                chats,
-                mean_attempts=asked,
-                max_tokens=arguments.max_tokens,
-                horizon=128,
-                num_samples=arguments.samples,
-                progress=lambda replies, name=name: tqdm(replies, desc=name),
-            )
+        calibration = calibrate(
+            language_model,
+            make_reward(),
+            chats,
+            max_tokens=arguments.max_tokens,
+            horizon=HORIZON,
+            num_samples=arguments.samples,
+            progress=lambda replies, name=name: tqdm(replies, desc=name),
+        )
+        target = statistics.fmean(position.quantiles[-1] for position in calibration.positions)
+
+        # `ChatStars()` guards with helpfulness above the floor of safety; so it is counted.
+        floored = [safety >= arguments.safety_floor] if name == "helpfulness" else []
+
+        def count(beta: float, asked: list[str], seed: int) -> float:
             model = ChatStars(
-                reward=make_reward(),
-                target=calibration.target,
-                beta=calibration.beta,
+                reward=make_reward(),  # noqa: B023 - called in this round of the loop alone
+                constraints=floored,  # noqa: B023
+                target=target,  # noqa: B023
+                beta=beta,
                 max_tokens=arguments.max_tokens,
-                horizon=128,
-                seed=1,
+                horizon=HORIZON,
+                seed=seed,
             )
-            counted = statistics.fmean(attempts_of(model.batch(prompts[1::2])))
-            tqdm.write(f"{name}: asked for {asked:.2f} attempts, counted {counted:.2f}")
-            if 1.5 <= counted <= 2.5:
-                break
-            asked = max(1.1, 1.0 + (asked - 1.0) * (arguments.mean_attempts - 1.0) / (counted - 1))
+            return statistics.fmean(attempts_of(model.batch(asked)))
+
+        low, high = math.log(0.005), math.log(1.0)
+        for _ in tqdm(range(arguments.halvings), desc=f"{name}, beta"):
+            middle = (low + high) / 2
+            enough = count(math.exp(middle), tuned, 1) <= arguments.mean_attempts
+            low, high = (low, middle) if enough else (middle, high)
+        beta = math.exp(high)
+        counted = count(beta, counted_on, 2)
+        tqdm.write(f"{name}: target {target:.4f}, beta {beta:.4f}, {counted:.2f} attempts")
         first = calibration.positions[0]
         floor = arguments.safety_floor if name == "safety" else first.quantiles[0]
         known[name] = {
-            "target": round(calibration.target, 4),
-            "beta": round(calibration.beta, 4),
+            "target": round(target, 4),
+            "beta": round(beta, 4),
             "alpha": calibration.alpha,
             "floor": round(floor, 4),
             "attempts_per_segment": round(counted, 2),
@@ -132,8 +146,8 @@ def main() -> None:
         "rewards": known,
     }
     (bundled.FOLDER / "calibration.json").write_text(json.dumps(result, indent=1) + "\n")
-    model = ChatStars(max_tokens=arguments.max_tokens, seed=2)
-    counted = statistics.fmean(attempts_of(model.batch(prompts[1::2])))
+    model = ChatStars(max_tokens=arguments.max_tokens, seed=3)
+    counted = statistics.fmean(attempts_of(model.batch(prompts)))
     result["default_attempts_per_segment"] = round(counted, 2)
     (bundled.FOLDER / "calibration.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

@@ -30,9 +30,11 @@ from train_language_model import Corpus, bits_per_byte
 from train_rewards import (
     ALLOWED_CLASSES,
     HEADS,
+    LEARNED_PAIRS,
     Encoder,
     Example,
     Lexicon,
+    everyday_dialogues,
     everyday_examples,
     labelled_examples,
     lexicon_examples,
@@ -46,7 +48,14 @@ from transformers import (
 )
 
 RESAMPLES = 2000
+LIMIT = 600
+DIALOGUES = 60
 SAFE, HELPFUL, POSITIVE = range(3)
+
+
+def thinned(rows: Sequence[Any], limit: int) -> list[Any]:
+    """Return at most so many rows, spread over all."""
+    return list(rows[:: max(1, -(-len(rows) // limit))])
 
 
 class Trigram:
@@ -109,25 +118,28 @@ def measure_language(bundle: Path, work: Path) -> dict[str, Any]:
     sizes = np.array([len(t) for t in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
     sizes[:8] = 0
     figures: dict[str, Any] = {}
-    for source in tqdm([*sorted(set(apart.sources)), "all"], desc="bits per byte"):
-        wanted = {source} if source != "all" else {s for s in apart.sources if s != "sgd"}
-        limit = 100 if source == "sgd" else None
-        ours = bits_per_byte(model, tokenizer, apart, wanted, limit)
-        chosen = [i for i, s in enumerate(apart.sources) if s in wanted]
-        if limit:
-            chosen = chosen[:: max(1, len(chosen) // limit)][:limit]
+    sums: dict[str, np.ndarray] = {}
+    for source in tqdm(sorted(set(apart.sources)), desc="bits per byte"):
+        ours = bits_per_byte(model, tokenizer, apart, {source}, DIALOGUES)
+        chosen = [i for i, s in enumerate(apart.sources) if s == source]
         bits = num_bytes = 0.0
-        for i in chosen:
+        for i in chosen[:: max(1, len(chosen) // DIALOGUES)][:DIALOGUES]:
             span = slice(apart.starts[i], apart.starts[i + 1])
             ids, said = apart.ids[span], apart.parts[span] == 2
             costs = trigram.bits(ids)
             bits += float(costs[said[2:]].sum())
             num_bytes += int(sizes[ids[2:]][said[2:]].sum())
+        sums[source] = np.array(
+            [ours["bits_per_byte"] * ours["bytes"], ours["bytes"], bits, num_bytes]
+            + [ours["dialogues"]]
+        )
+    sums["all"] = sum(of_source for name, of_source in sums.items() if name != "sgd")
+    for source, (our_bits, our_bytes, their_bits, their_bytes, dialogues) in sums.items():
         figures[source] = {
-            "model": round(ours["bits_per_byte"], 4),
-            "trigram": round(bits / num_bytes, 4),
-            "dialogues": ours["dialogues"],
-            "bytes": int(ours["bytes"]),
+            "model": round(float(our_bits / our_bytes), 4),
+            "trigram": round(float(their_bits / their_bytes), 4),
+            "dialogues": int(dialogues),
+            "bytes": int(our_bytes),
         }
     figures["note"] = "`all` leaves out sgd, whose booking dialogues are many and alike"
     return figures
@@ -251,7 +263,7 @@ def measure_safety(
             if classes[source] in ALLOWED_CLASSES:
                 groups[f"held apart, {source}"] = [e for e in of_source if e.held_apart]
             else:
-                groups[f"not learned from, {source}"] = of_source[:1500]
+                groups[f"not learned from, {source}"] = thinned(of_source, LIMIT)
         place = 0 if kind == "prompts" else -1
         for name, members in groups.items():
             labels = np.array([e.labels["safe"] for e in members])
@@ -280,7 +292,7 @@ def measure_pairs(model: Any, encoder: Encoder, examples: Sequence[Example]) -> 
     rng = np.random.default_rng(0)
     figures: dict[str, Any] = {}
     pairs = [e for e in examples if e.pair_head]
-    learnable = {"hh_harmless", "hh_helpful", "oasst_ranks", "llmbar", "pandalm", "coconot_pref"}
+    learnable = set(LEARNED_PAIRS)
     for head_name in ("safe", "helpful"):
         head = HEADS.index(head_name)
         of_head = [e for e in pairs if e.pair_head == head_name]
@@ -301,6 +313,8 @@ def measure_pairs(model: Any, encoder: Encoder, examples: Sequence[Example]) -> 
             members = [e for e in of_head if e.source == source]
             if source in learnable:
                 members = [e for e in members if e.held_apart]
+            else:
+                members = thinned(members, LIMIT)
             items = [(e.prompt, reply) for e in members for reply in e.replies]
             ends = np.array([float(s[-1, head]) for s in score_replies(model, encoder, items)])
             ours = (ends[::2] > ends[1::2]).astype(float)
@@ -330,16 +344,17 @@ def measure_pairs(model: Any, encoder: Encoder, examples: Sequence[Example]) -> 
 def measure_sentiment(model: Any, encoder: Encoder, data: Path, lexicon: Lexicon) -> dict[str, Any]:
     """Return how often the polarity agrees with people's on films, of which none was learned."""
     rng = random.Random(0)
-    taught = [e for e in everyday_examples(data, lexicon, rng) if "positive" in e.labels]
-    taught += lexicon_examples(lexicon, 20000, rng)
+    everyday = list(everyday_dialogues(data))
+    taught = [e for e in everyday_examples(data, lexicon, rng) if e.source == "tone"]
+    taught += lexicon_examples(lexicon, everyday, 15000, rng)
     items = [(e.prompt, e.replies[0]) for e in taught]
     bag = WordBag(with_prompt=False).fit(items)
-    rival = Ridge(alpha=1.0).fit(bag(items), [e.labels["positive"] - 0.5 for e in taught])
+    rival = Ridge(alpha=1.0).fit(bag(items), [e.word_labels["positive"][-1] - 0.5 for e in taught])
     figures = {}
     boot = np.random.default_rng(0)
-    for name, limit in (("sentences", 9828), ("imdb", 2000)):
+    for name, limit in (("sentences", 5000), ("imdb", 1000)):
         rows = list(read_rows(data, f"sentiment/{name}"))
-        rows = rows[:: max(1, len(rows) // limit)][:limit]
+        rows = thinned(rows, limit)
         labels = np.array([row["label"] == "pos" for row in rows])
         texts = [([], row["text"]) for row in rows]
         ours = np.array([float(s[-1, POSITIVE]) for s in score_replies(model, encoder, texts)])

@@ -235,7 +235,7 @@ def save_bundle(model: Any, weights: dict[str, Tensor], tokenizer: Any, folder: 
             pad_token_id=tokenizer.pad_token_id,
             do_sample=True,
             temperature=0.8,
-            top_p=0.95,
+            top_p=0.9,
             max_length=CONTEXT,
         ).save_pretrained(folder)
 

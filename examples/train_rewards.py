@@ -27,6 +27,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -77,7 +78,8 @@ class Example:
         pair_head: The head that tells the two replies apart.
         only_prompt: The label is the request's and holds at the empty reply alone.
         held_apart: Kept for measuring.
-        word_labels: For a reply of single-spaced words, whether it is safe up to each of them.
+        word_labels: For a reply of single-spaced words, a head's labels before the first word
+            and after each.
     """
 
     source: str
@@ -87,7 +89,7 @@ class Example:
     pair_head: str | None = None
     only_prompt: bool = False
     held_apart: bool = False
-    word_labels: tuple[float, ...] = ()
+    word_labels: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 class Lexicon:
@@ -120,10 +122,14 @@ class Lexicon:
         """Read the lexicon."""
         self.ratings = {r["token"]: r["mean"] for r in read_rows(data, "sentiment/vader_lexicon")}
 
+    def words(self, text: str) -> list[str]:
+        """Return the words and faces of a text, in small letters."""
+        words = re.findall(r"[a-z]+(?:['’-][a-z]+)*|[:;=][-']?[()dp/]", text.lower())
+        return [word.replace("’", "'") for word in words]
+
     def compound(self, text: str) -> float:
         """Return the polarity, from -1 to 1; 0 where no word is rated."""
-        words = re.findall(r"[a-z]+(?:['’-][a-z]+)*|[:;=][-']?[()DPp/]", text.lower())
-        words = [word.replace("’", "'") for word in words]
+        words = self.words(text)
         ratings = [self._rating(words, place) for place in range(len(words))]
         if "but" in words:
             turn = len(words) - 1 - words[::-1].index("but")
@@ -146,9 +152,24 @@ class Lexicon:
             rating *= -0.74
         return rating
 
-    def probability(self, text: str) -> float:
-        """Return the polarity as a probability that the text is positive."""
-        return 0.5 + 0.5 * self.compound(text)
+    def probabilities(self, text: str) -> tuple[float, ...]:
+        """Return how positive a text is, as a probability, before its first word and after each.
+
+        A quarter of each is the whole text's, so that what a beginning foretells counts too.
+        """
+        words: list[str] = []
+        before = since = 0.0
+        turned = False
+        compounds = [0.0]
+        for group in text.split(" "):
+            for word in self.words(group):
+                words.append(word)
+                if word == "but":
+                    before, since, turned = 0.5 * (before + since), 0.0, True
+                since += self._rating(words, len(words) - 1) * (1.5 if turned else 1.0)
+            total = before + since
+            compounds.append(total / math.sqrt(total * total + 15.0))
+        return tuple(0.5 + 0.5 * (0.75 * c + 0.25 * compounds[-1]) for c in compounds)
 
 
 def labelled_examples(data: Path, *, allowed_only: bool = True) -> Iterator[Example]:
@@ -187,7 +208,7 @@ def labelled_examples(data: Path, *, allowed_only: bool = True) -> Iterator[Exam
             only_prompt=True,
             held_apart=is_held_apart(row["prompt"]),
         )
-    for name in PAIRS:
+    for name in (*LEARNED_PAIRS, *MEASURED_PAIRS):
         for row in filter(usable, read_rows(data, f"prefs/{name}")):
             yield Example(
                 source=name,
@@ -198,18 +219,8 @@ def labelled_examples(data: Path, *, allowed_only: bool = True) -> Iterator[Exam
             )
 
 
-PAIRS = (
-    "hh_harmless",
-    "hh_helpful",
-    "oasst_ranks",
-    "llmbar",
-    "pandalm",
-    "coconot_pref",
-    "rmb_harmless",
-    "rmb_helpful",
-    "webgpt",
-    "auto_j",
-)
+LEARNED_PAIRS = words_of("hh_harmless hh_helpful oasst_ranks llmbar pandalm coconot_pref")
+MEASURED_PAIRS = words_of("rmb_harmless rmb_helpful webgpt auto_j")
 
 
 def everyday_dialogues(data: Path) -> Iterator[Chat]:
@@ -232,8 +243,11 @@ def everyday_examples(data: Path, lexicon: Lexicon, rng: random.Random) -> Itera
         for place in rng.sample(places, min(3, len(places))):
             turns.append((messages[max(0, place - 5) : place], messages[place]["content"]))
     for prompt, reply in turns:
-        labels = {"safe": 1.0, "helpful": 1.0, "positive": lexicon.probability(reply)}
+        labels = {"safe": 1.0, "helpful": 1.0}
         yield Example(source="everyday", prompt=prompt, replies=(reply,), labels=labels)
+        text = " ".join(reply.split())
+        tone = {"positive": lexicon.probabilities(text)}
+        yield Example(source="tone", prompt=prompt[-1:], replies=(text,), word_labels=tone)
         kind = rng.random()
         if kind < 0.4:
             other = rng.choice(turns)[1]
@@ -282,32 +296,47 @@ FRAMES = (
 )
 
 
-def lexicon_examples(lexicon: Lexicon, count: int, rng: random.Random) -> Iterator[Example]:
+def lexicon_examples(
+    lexicon: Lexicon, everyday: Sequence[Chat], count: int, rng: random.Random
+) -> Iterator[Example]:
     """Yield made-up sentences full of rated words, so that every one of them is met."""
+    counts = Counter(
+        word for chat in everyday for m in chat for word in lexicon.words(m["content"])
+    )
     words = [w for w in lexicon.ratings if re.fullmatch(r"[a-z][a-z'-]+", w)]
+    # Words that people say are met more often, and every one now and then.
+    shares = list(itertools.accumulate(1.0 + counts[word] ** 0.75 for word in words))
+
+    def word() -> str:
+        return rng.choices(words, cum_weights=shares)[0]
+
     plain = words_of("I you we the a it that they and then of in on to with for very one time")
     modest = ("not", "never", "hardly")
     strong = sorted(Lexicon.STRONGER - {"such"}) + sorted(Lexicon.WEAKER)
+    earlier = "What do you think?"
     for _ in range(count):
         sentences = []
         for _ in range(rng.choice((1, 1, 2, 3))):
             if rng.random() < 0.75:
                 sentence = rng.choice(FRAMES)
                 while "{W}" in sentence:
-                    sentence = sentence.replace("{W}", rng.choice(words), 1)
+                    sentence = sentence.replace("{W}", word(), 1)
                 while "{S}" in sentence:
                     sentence = sentence.replace("{S}", rng.choice(SUBJECTS), 1)
                 sentence = sentence.replace("{N}", rng.choice(modest))
                 sentence = sentence.replace("{B}", rng.choice(strong))
             else:
                 mixed = rng.choices(plain, k=rng.randrange(2, 8))
-                mixed += rng.choices(words, k=rng.randrange(1, 4))
+                mixed += [word() for _ in range(rng.randrange(1, 4))]
                 rng.shuffle(mixed)
                 sentence = " ".join(mixed)
             sentences.append(sentence[0].upper() + sentence[1:] + rng.choice((".", ".", "!", "")))
         text = " ".join(sentences)
-        labels = {"positive": lexicon.probability(text)}
-        yield Example(source="lexicon", prompt=[], replies=(text,), labels=labels)
+        tone = {"positive": lexicon.probabilities(text)}
+        # What was asked is no part of how the reply sounds.
+        prompt = [{"role": "user", "content": earlier}] if rng.random() < 0.4 else []
+        yield Example(source="lexicon", prompt=prompt, replies=(text,), word_labels=tone)
+        earlier = text
 
 
 def kind_of(example: Example) -> str:
@@ -382,22 +411,22 @@ class WordTeacher:
             ]
             opinions = iter(self.pipelines[kind].predict_proba(beginnings)[:, 1].tolist())
             for text, words in zip(texts, words_of_texts, strict=True):
-                labels = tuple(next(opinions) for _ in words)
-                yield Example(source="pieces", prompt=[], replies=(text,), word_labels=labels)
+                # Before the first word the head answers for the request, which is not asked.
+                labels = (math.nan, *(next(opinions) for _ in words))
+                yield Example(
+                    source="pieces", prompt=[], replies=(text,), word_labels={"safe": labels}
+                )
 
 
 # How often an example of each source is met in one epoch.
 EPOCH_WEIGHTS = {
     "davidson": 0.6,
-    "hatecheck": 1.0,
-    "openai_moderation": 1.0,
-    "wiki_toxicity": 1.0,
-    "surge_toxicity": 1.0,
-    "gptfuzz_labelled": 1.0,
-    "dices": 1.0,
-    "everyday": 0.4,
-    "inapt": 0.4,
-    "lexicon": 1.0,
+    "gptfuzz_labelled": 0.6,
+    "everyday prompts": 0.4,
+    "everyday": 0.15,
+    "tone": 0.4,
+    "inapt": 0.2,
+    **dict.fromkeys(LEARNED_PAIRS, 0.3),
 }
 
 
@@ -465,23 +494,22 @@ class Encoder:
         return Asked(ids, first, targets)
 
     def _encode_words(self, example: Example, reply: str) -> Asked:
-        """Return a reply that is asked for its safety after each word and, closed, at its end."""
+        """Return a reply that is asked before its first word, after each, and closed."""
         words = reply.split(" ")
         pieces = [self.tokenizer.encode(words[0], add_special_tokens=False)]
         pieces += [self.tokenizer.encode(f" {w}", add_special_tokens=False) for w in words[1:]]
-        lengths = list(itertools.accumulate(len(piece) for piece in pieces))
+        lengths = [0, *itertools.accumulate(len(piece) for piece in pieces)]
         kept = sum(length <= MAX_REPLY for length in lengths)
-        content = [token for piece in pieces[:kept] for token in piece]
+        content = [token for piece in pieces[: kept - 1] for token in piece]
         prompt = self.prompt_ids(example.prompt, LENGTH - len(content) - 1)
         ids = [*prompt, *content, self.tokenizer.eos_token_id]
         first = len(prompt) - 1
-        places = [first + length for length in lengths[:kept]]
-        labels = list(example.word_labels[:kept])
-        if places:
-            places.append(len(ids) - 1)
-            labels.append(labels[-1])
-        share = 1.0 / max(1, len(places))
-        targets = [(p, 0, label, share) for p, label in zip(places, labels, strict=True)]
+        places = [*(first + length for length in lengths[:kept]), len(ids) - 1]
+        targets = []
+        for name, of_words in example.word_labels.items():
+            labels = [*of_words[:kept], of_words[kept - 1]]
+            asked = [(p, y) for p, y in zip(places, labels, strict=True) if not math.isnan(y)]
+            targets += [(p, HEADS.index(name), y, 1.0 / len(asked)) for p, y in asked]
         return Asked(ids, first, targets)
 
 
@@ -622,18 +650,19 @@ def stream(
     fixed: list[Example],
     data: Path,
     lexicon: Lexicon,
-    prompts: list[Chat],
+    everyday: list[Chat],
     teacher: WordTeacher,
     seed: int,
 ) -> Iterator[Example]:
     """Yield examples for ever, sources weighted, everyday and made-up ones drawn anew."""
+    prompts = [chat[:1] for chat in everyday if chat[0]["role"] == "user"]
     epoch = 0
     while True:
         rng = random.Random(seed * 1000 + epoch)
         pool = [teacher.mixed(example, 0.5) for example in fixed]
-        pool += teacher.pieces(fixed, 6000, rng)
+        pool += teacher.pieces(fixed, 4000, rng)
         pool += everyday_examples(data, lexicon, rng)
-        pool += lexicon_examples(lexicon, 5000, rng)
+        pool += lexicon_examples(lexicon, everyday, 15000, rng)
         chosen = [e for e in pool if rng.random() < EPOCH_WEIGHTS.get(e.source, 1.0)]
         rng.shuffle(chosen)
         for example in chosen:
@@ -775,9 +804,8 @@ def main() -> None:
     labelled = list(labelled_examples(arguments.data))
     fixed = [e for e in labelled if not e.held_apart]
     apart = [e for e in labelled if e.held_apart]
-    prompts = [
-        [m] for chat in everyday_dialogues(arguments.data) for m in chat[:1] if m["role"] == "user"
-    ]
+    everyday = list(everyday_dialogues(arguments.data))
+    prompts = [chat[:1] for chat in everyday if chat[0]["role"] == "user"]
     teacher = WordTeacher(fixed)
     # Requests of everyday talk are safe ones, or every question would look like a suspect's.
     rng = random.Random(arguments.seed)
@@ -803,7 +831,7 @@ def main() -> None:
             optimizer.load_state_dict(state)
         average, step, seconds = saved["average"], saved["step"], saved["seconds"]
     # A resumed run meets the examples in another order; the weights do not mind.
-    examples = stream(fixed, arguments.data, lexicon, prompts, teacher, arguments.seed + 7 * step)
+    examples = stream(fixed, arguments.data, lexicon, everyday, teacher, arguments.seed + 7 * step)
     batch_rng = random.Random(arguments.seed + step)
     loss_of = make_loss(model, device, arguments.language, compiled=not arguments.no_compile)
     log = (folder / "log.jsonl").open("a", buffering=1)
