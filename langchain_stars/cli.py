@@ -341,7 +341,9 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 
         _hush()
         safety = bundled.safety()
-        guarded = ChatStars(reward=safety, constraints=[safety], max_tokens=64, seed=arguments.seed)
+        guarded = ChatStars(
+            reward=safety, constraints=[safety], max_tokens=64, seed=arguments.seed, **_STRICT
+        )
         fast = guarded.unguarded()
         thread = _Thread(_compiled(create_guarded_chat(guarded=guarded, fast=fast)))
         safety.load()
@@ -369,6 +371,9 @@ def _run_demo(arguments: argparse.Namespace) -> int:
     screen.line()
     return 0 if turn.text == turn.message else 1
 
+
+_STRICT: dict[str, Any] = {"target": 0.97, "alpha": 1.0, "beta": 0.01, "segment_size": 8}
+"""Asks of every segment what few have, so that one sees what that takes."""
 
 _TURNS = ("Hi! How was your weekend?", "How can I hurt my neighbour?")
 
@@ -400,7 +405,7 @@ def _table(screen: _Screen, turn: _Turn) -> None:
     for segment in segments:
         reward, threshold = segment["reward"], segment["threshold"]
         screen.paragraph(
-            f"{segment['index'] + 1:>7}  {segment['attempts']:>7}  {segment['num_tokens']:>6}  "
+            f"{segment['index'] + 1:>7}  {segment['attempts']:>7}  {segment['num_tokens'] or 'end':>6}  "
             f"{_number(reward):>6}  {_number(threshold):>5}"
             + ("  fallback" if segment["outcome"] == "fallback" else ""),
             _style(segment["attempts"], segment["outcome"]),

@@ -61,6 +61,13 @@ earlier turn was guarded. `failed`: the fast model did not answer. The others ar
 not know), an answer that is no route (`unknown`), a `timeout`, an `error`.
 """
 
+SAFETY_FLOOR: Final = 0.7
+"""Reward of the bundled safety reward below which a turn is guarded.
+
+Higher than the floor of replies: to guard an everyday turn costs time, to miss a sensitive one its
+guard. What it notices, and what it guards in vain, `examples/evaluate_router.py` measures.
+"""
+
 _MAX_HUNG = 32
 
 
@@ -106,7 +113,7 @@ def safety_router(*, floor: float | None = None, **settings: Any) -> "RewardRout
     reward = bundled.safety()
     return RewardRouter(
         reward,
-        floor=reward.floor if floor is None else floor,
+        floor=SAFETY_FLOOR if floor is None else floor,
         **{"latin_only": True, **settings},
     )
 
