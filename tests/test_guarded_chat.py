@@ -600,6 +600,18 @@ async def test_events_hold_the_answer_and_nothing_that_was_rejected():
     assert message.response_metadata["stars"]["num_rejected_tokens"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:The v3 streaming protocol")  # it is experimental
+async def test_the_third_stream_protocol_shows_the_answer_and_nothing_else():
+    guarded = stars()
+    graph = chat_of(chatty, guarded=guarded, fast=guarded.unguarded())
+    for text, node in ((SENSITIVE, "guarded"), (EVERYDAY, "fast")):
+        stream: Any = await graph.astream_events({"messages": [("user", text)]}, version="v3")
+        shown = [(message.node, await message.text) async for message in stream.messages]
+        state = await stream.output()
+        assert shown == [(node, state["messages"][-1].text)]
+        assert state["route"] == node
+
+
 # Checkpoints
 
 
