@@ -430,20 +430,19 @@ def main() -> None:
     figures: dict[str, Any] = {}
     if arguments.output.exists():
         figures = json.loads(arguments.output.read_text())
-    wanted = set(arguments.only.split(","))
-    if "language" in wanted:
-        figures["language"] = measure_language(arguments.bundle, arguments.work)
-    if "safety" in wanted:
-        classes = licence_classes(arguments.data)
-        figures["safety"] = measure_safety(model, encoder, examples, classes)
-    if "pairs" in wanted:
-        figures["pairs"] = measure_pairs(model, encoder, examples)
-    if "sentiment" in wanted:
-        lexicon = Lexicon(arguments.data)
-        figures["sentiment"] = measure_sentiment(model, encoder, arguments.data, lexicon)
-    if "foresight" in wanted:
-        figures["foresight"] = measure_foresight(model, encoder, examples)
-    arguments.output.write_text(json.dumps(figures, indent=1))
+    classes = licence_classes(arguments.data)
+    parts: dict[str, Callable[[], Any]] = {
+        "language": lambda: measure_language(arguments.bundle, arguments.work),
+        "safety": lambda: measure_safety(model, encoder, examples, classes),
+        "pairs": lambda: measure_pairs(model, encoder, examples),
+        "sentiment": lambda: measure_sentiment(
+            model, encoder, arguments.data, Lexicon(arguments.data)
+        ),
+        "foresight": lambda: measure_foresight(model, encoder, examples),
+    }
+    for name in arguments.only.split(","):
+        figures[name] = parts[name]()
+        arguments.output.write_text(json.dumps(figures, indent=1))
     print(json.dumps(figures, indent=1))
     print(f"{math.ceil(time.monotonic() - begun)} seconds")
 

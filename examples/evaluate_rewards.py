@@ -114,8 +114,13 @@ def steer(name: str, data: Path, arguments: argparse.Namespace) -> dict[str, Any
     """Return what a reward gains over unguarded decoding."""
     make_reward, make_task = TASKS[name]
     prompts, judge = make_task(data, arguments.prompts)
-    settings = {"max_tokens": arguments.max_tokens, "seed": arguments.seed}
-    guarded_model = ChatStars(reward=make_reward(), **settings)
+    guarded_model = ChatStars(
+        reward=make_reward(),
+        target=arguments.target,
+        beta=arguments.beta,
+        max_tokens=arguments.max_tokens,
+        seed=arguments.seed,
+    )
     guarded = answer(guarded_model, prompts, arguments.together, f"{name}, guarded")
     unguarded = answer(guarded_model.unguarded(), prompts, arguments.together, f"{name}, unguarded")
     ours = judge([str(reply.content) for reply in guarded])
@@ -150,6 +155,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--together", type=int, default=32, help="prompts answered at once")
     parser.add_argument("--rewards", default="positive,safe,helpful")
+    parser.add_argument("--target", type=float, help="instead of the one that ships")
+    parser.add_argument("--beta", type=float, help="instead of the one that ships")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--figures", type=Path, help="JSON to add the table to, as `steering`")
@@ -157,13 +164,18 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     results = {}
     for name in arguments.rewards.split(","):
-        results[name] = steer(name, arguments.data, arguments)
+        strictness = [
+            f"{setting} {value}"
+            for setting, value in (("target", arguments.target), ("beta", arguments.beta))
+            if value is not None
+        ]
+        results[", ".join([name, *strictness])] = steer(name, arguments.data, arguments)
     header = ("reward", "unguarded", "guarded", "gain", "95 %", "attempts", "tokens")
-    print("{:10} {:>9} {:>8} {:>7} {:>18} {:>9} {:>13}".format(*header))
+    print("{:32} {:>9} {:>8} {:>7} {:>18} {:>9} {:>13}".format(*header))
     for name, row in results.items():
         low, high = row["gain_interval"]
         print(
-            f"{name:10} {row['unguarded']:9.3f} {row['guarded']:8.3f} {row['gain']:7.3f} "
+            f"{name:32} {row['unguarded']:9.3f} {row['guarded']:8.3f} {row['gain']:7.3f} "
             f"{low:8.3f} to {high:6.3f} {row['attempts_per_segment']:9.2f} "
             f"{row['tokens']:5.1f} / {row['tokens_unguarded']:5.1f}"
         )

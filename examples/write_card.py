@@ -132,6 +132,7 @@ def training_of(work: Path, name: str) -> dict[str, Any]:
 def rows_of(data: Path, work: Path) -> dict[str, Any]:
     """Return how many rows of each source and class each model learned from."""
     classes = licence_classes(data)
+    manifest = json.loads((data / "MANIFEST.json").read_text())["sources"]
     corpus = json.loads((work / "corpus.json").read_text())
     language = {}
     for source in SOURCE_WEIGHTS:
@@ -140,6 +141,7 @@ def rows_of(data: Path, work: Path) -> dict[str, Any]:
             "rows": corpus.get(f"train {source} rows", 0),
             "held_apart": corpus.get(f"held_apart {source} rows", 0),
             "class": classes[name],
+            "licence": manifest[name]["licence"],
             "weight_in_an_epoch": SOURCE_WEIGHTS[source],
         }
     learned: Counter[str] = Counter()
@@ -151,11 +153,16 @@ def rows_of(data: Path, work: Path) -> dict[str, Any]:
             "rows": learned[source],
             "held_apart": apart[source],
             "class": classes[source],
+            "licence": manifest[source]["licence"],
             "weight_in_an_epoch": EPOCH_WEIGHTS.get(source, 1.0),
         }
         for source in sorted(learned)
     }
-    rewards["vader_lexicon"] = {"rows": 7520, "class": classes["vader_lexicon"]}
+    rewards["vader_lexicon"] = {
+        "rows": 7520,
+        "class": classes["vader_lexicon"],
+        "licence": manifest["vader_lexicon"]["licence"],
+    }
     return {"language_model": language, "rewards": rewards}
 
 
@@ -191,7 +198,14 @@ def write_card(provenance: dict[str, Any], path: Path) -> None:
         "their results, the model makes nothing of them.",
         "## How they were made",
         table(
-            ["model", "parameters", "MB (bf16)", "steps", "minutes of one CPU thread", "seed"],
+            [
+                "model",
+                "parameters",
+                "MB (bf16)",
+                "steps",
+                "minutes (one thread, shared CPU)",
+                "seed",
+            ],
             [
                 [
                     name,
@@ -212,7 +226,7 @@ def write_card(provenance: dict[str, Any], path: Path) -> None:
         parts.append(f"Rows of `{name}`:")
         parts.append(
             table(
-                ["source", "class", "learned from", "held apart", "weight in an epoch"],
+                ["source", "class", "learned from", "held apart", "weight in an epoch", "licence"],
                 [
                     [
                         source,
@@ -220,6 +234,7 @@ def write_card(provenance: dict[str, Any], path: Path) -> None:
                         row["rows"],
                         row.get("held_apart", ""),
                         row.get("weight_in_an_epoch", ""),
+                        row["licence"],
                     ]
                     for source, row in rows.items()
                     if row["rows"]
@@ -227,6 +242,10 @@ def write_card(provenance: dict[str, Any], path: Path) -> None:
             )
         )
     parts += [
+        "Synthetic-Persona-Chat and GPTeacher were written by language models, whose terms may "
+        "bear on what was learned from them; the other dialogues were written by people, but for "
+        "the replies of HH-RLHF, LLMBar, PandaLM, CoCoNot, GPTFuzz and DICES. "
+        "Everyday talk for the rewards is that of the language model's sources.",
         "The `positive` label is distilled from the VADER lexicon (MIT; Hutto and Gilbert 2014) "
         "read over everyday talk and made-up sentences; no film review was learned from. "
         "`helpful` learned, beside the pairs, that a reply given to somebody else or with its "
@@ -250,7 +269,8 @@ def write_card(provenance: dict[str, Any], path: Path) -> None:
             for i, sample in enumerate(provenance["samples"])
         ),
         "## The rewards",
-        "Beside each figure, a bag of words and word pairs trained on the same rows. "
+        "Beside each figure, a bag of words and word pairs trained on the same rows (of two, one of "
+        "which reads the request too, the better on the rows measured). "
         "Intervals are 95 %, by paired bootstrap over rows; where one does not lie above 0, the "
         'reward is not shown to beat counting words. Rows "not learned from" have licences '
         "that forbid it and are here to measure.",
@@ -334,8 +354,10 @@ def write_card(provenance: dict[str, Any], path: Path) -> None:
     if "steering" in figures:
         parts += [
             "## Steering",
-            "Guarded decoding beside unguarded decoding of the same weights, judged by bags of "
-            "words that were trained on other rows and are not the reward.",
+            "Guarded decoding beside unguarded decoding of the same weights, with what ships unless "
+            "a row says otherwise, at most 48 tokens a reply: the share of replies that a bag of "
+            "words finds good, which was trained on other rows and is not the reward, and the mean "
+            "of its log-odds.",
             table(
                 [
                     "reward",
@@ -344,6 +366,8 @@ def write_card(provenance: dict[str, Any], path: Path) -> None:
                     "guarded",
                     "gain",
                     "interval",
+                    "gain in log-odds",
+                    "interval of that",
                     "attempts a segment",
                     "tokens",
                     "tokens unguarded",
@@ -356,6 +380,8 @@ def write_card(provenance: dict[str, Any], path: Path) -> None:
                         row["guarded"],
                         row["gain"],
                         row["gain_interval"],
+                        row["score_gain"],
+                        row["score_gain_interval"],
                         row["attempts_per_segment"],
                         row["tokens"],
                         row["tokens_unguarded"],
