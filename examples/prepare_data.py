@@ -26,12 +26,6 @@ from transformers import PreTrainedTokenizerFast
 
 Chat = list[dict[str, Any]]
 
-
-def words_of(text: str, separator: str = " ") -> tuple[str, ...]:
-    """Return the words of a list that is written as one text."""
-    return tuple(text.split(separator))
-
-
 ALLOWED_CLASSES = frozenset({"permissive", "share-alike"})
 HELD_APART_PERCENT = 10
 CONTEXT = 1024
@@ -83,7 +77,7 @@ SOURCE_WEIGHTS = {
     "gptfuzz_labelled": 0.25,
     "dices": 0.5,
 }
-NAMES = words_of(
+NAMES = (
     "Alex Anna Ben Clara Dan Emma Eva Felix Grace Hugo Ida Jack Julia Kate Leo Lucy Maria Mark "
     "Max Nina Oscar Paul Rosa Sam Sarah Tom Vera Will"
 )
@@ -92,6 +86,11 @@ PLACEHOLDER = re.compile(
     re.IGNORECASE,
 )
 STAGE_DIRECTION = re.compile(r"\[[A-Za-z][^\]]{0,30}\]")
+
+
+def words_of(text: str, separator: str = " ") -> tuple[str, ...]:
+    """Return the words of a list that is written as one text."""
+    return tuple(text.split(separator))
 
 
 def read_rows(data: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -142,7 +141,7 @@ def dices_chat(prompt: str) -> Chat:
 
 def fill_names(messages: Chat, rng: random.Random) -> Chat:
     """Return the messages with names where the source left a placeholder."""
-    names = dict(zip(("user", "assistant"), rng.sample(NAMES, 2), strict=True))
+    names = dict(zip(("user", "assistant"), rng.sample(words_of(NAMES), 2), strict=True))
     filled = []
     for message in messages:
         own = names.get(message["role"], names["user"])

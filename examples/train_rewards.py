@@ -1,4 +1,4 @@
-"""Trains one small causal trunk with three heads: is a reply safe, helpful, positive?
+r"""Trains one small causal trunk with three heads: is a reply safe, helpful, positive?
 
 Knows labelled text, packed batches and losses; nothing of decoding. A head is asked at every
 token of a reply, open and closed, and always for the label of the whole, so that its answer
@@ -16,7 +16,10 @@ A bag of words learns the same rows quickly and well. Its opinion, of rows it di
 from, is mixed into the labels of safety, and it labels pieces cut out of them word by word, so
 that the trunk starts from what words alone tell.
 
-Run (after `prepare_data.py` and `train_language_model.py --name trunk ...`):
+Run (after `prepare_data.py`):
+    python examples/train_language_model.py --work WORK --name trunk --steps 1100 --seed 1 \
+        --hidden-size 224 --num-layers 5 --num-heads 7 --intermediate-size 600 \
+        --rows 16 --length 256 --read-weight 1
     python examples/train_rewards.py --data DATA --work WORK --steps 3000
     python examples/train_rewards.py --data DATA --work WORK --resume
 """
