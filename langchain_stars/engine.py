@@ -541,7 +541,7 @@ class Engine:
             self._lanes = [lane for lane in self._lanes if lane.busy]
             ready = [lane for lane in self._lanes if lane.round is not None]
             if ready:
-                self._step(min(ready, key=lambda lane: lane.served))
+                self._step(min(ready, key=lambda lane: (lane.served, lane.priority == "batch")))
             self._hear()
 
     def _gather(self) -> None:
