@@ -370,6 +370,16 @@ class ChatStars(BaseChatModel):
             {"reward": None, "constraints": [], "target": None, "beta": None, "schedule": None}
         )
 
+    def unload(self) -> None:
+        """Free the weights of the model and of its rewards, for all that share them.
+
+        The next call loads them again. A reply that is in progress goes on with what it has.
+        """
+        self._language_model().unload()
+        policy = self._policy()
+        for scorer in policy.scorers if policy else ():
+            scorer.unload()
+
     def _copy(self, changes: Mapping[str, Any]) -> "ChatStars":
         settings = {name: getattr(self, name) for name in type(self).model_fields}
         return type(self)(**{**settings, **changes})

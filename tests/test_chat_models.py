@@ -49,7 +49,7 @@ from langchain_stars.decoder import GuardExhausted, Segment
 from langchain_stars.engine import DeadlineExceededError, EngineError, QueueFullError, engine_for
 from langchain_stars.language_models import LocalLanguageModel, load_language_model
 from langchain_stars.language_models.base import Chat, Drafting, Request, Sampling
-from langchain_stars.rewards import Constraint, Reward, as_reward, bundled
+from langchain_stars.rewards import Constraint, Reward, SequenceReward, as_reward, bundled
 from langchain_stars.testing import ScriptedLanguageModel, TableReward
 
 Table = dict[str | bytes, float]
@@ -1329,3 +1329,81 @@ def test_the_four_ways_agree_on_real_weights(language_model_folder: Path, guard:
         assert message.content == messages[0].content
         assert message.response_metadata == messages[0].response_metadata
         assert message.usage_metadata == messages[0].usage_metadata
+
+
+def test_concurrent_calls_on_real_weights_give_what_they_give_alone(
+    language_model_folder: Path, reward_folder: Path
+) -> None:
+    """A hundred calls on two policies, in fp32, on KV caches of the model and of the reward."""
+    reward = SequenceReward(str(reward_folder), device="cpu")
+
+    def guard(floor: float) -> ChatStars:
+        return ChatStars(
+            model=str(language_model_folder),
+            device="cpu",
+            dtype="float32",
+            reward=None,
+            constraints=[reward >= floor],
+            max_tokens=12,
+            segment_size=4,
+            max_attempts=6,
+            temperature=1.0,
+        )
+
+    seen = [
+        segment["reward"]
+        for seed in range(10)
+        for segment in ChatStars(
+            model=str(language_model_folder),
+            device="cpu",
+            dtype="float32",
+            reward=reward,
+            target=-1e9,
+            max_tokens=12,
+            segment_size=4,
+            temperature=1.0,
+        )
+        .invoke("canary", seed=seed)
+        .response_metadata["stars"]["segments"]
+    ]
+    low, high = sorted(seen)[len(seen) // 4], sorted(seen)[len(seen) // 2]
+    guards = [guard(low), guard(high)]
+
+    def one(number: int) -> tuple[ChatStars, str, int]:
+        return guards[number % 2], f"canary {number}, tell me", number
+
+    alone = [model.invoke(prompt, seed=seed) for model, prompt, seed in map(one, range(100))]
+
+    async def together() -> list[Any]:
+        return await asyncio.gather(
+            *(model.ainvoke(prompt, seed=seed) for model, prompt, seed in map(one, range(100)))
+        )
+
+    replies = asyncio.run(together())
+    assert [reply.content for reply in replies] == [reply.content for reply in alone]
+    for of_guard in (alone[::2], alone[1::2]):
+        assert any(r.response_metadata["stars"]["num_rejected_tokens"] for r in of_guard)
+
+
+def test_weights_can_be_freed_between_calls_and_in_the_middle_of_one(
+    language_model_folder: Path, reward_folder: Path
+) -> None:
+    model = ChatStars(
+        model=str(language_model_folder),
+        device="cpu",
+        dtype="float32",
+        reward=SequenceReward(str(reward_folder), device="cpu"),
+        target=-1e9,
+        max_tokens=24,
+        segment_size=4,
+        seed=3,
+    )
+    expected = model.invoke("Hello").content
+    model.unload()
+    assert model.invoke("Hello").content == expected
+    text = ""
+    for place, chunk in enumerate(model.stream("Hello")):
+        text += str(chunk.content)
+        if place == 1:
+            model.unload()
+    assert text == expected
