@@ -215,3 +215,10 @@ def test_whatever_a_reward_raises_only_rejects(error: type[BaseException], on_de
     one = inquiry(Asked(function, on_device=on_device), texts=("a",))
     settle(one, workers=Workers())
     assert one.values(0) is None
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_a_wrong_number_of_answers_is_no_answer(on_device: bool) -> None:
+    one = inquiry(Asked(lambda texts: [1.0] * (len(texts) - 1), on_device=on_device))
+    settle(one, workers=Workers())
+    assert [one.values(place) for place in range(2)] == [None, None]

@@ -1406,3 +1406,10 @@ def test_a_template_that_refuses_a_chat_says_nothing_of_what_ends_a_reply(
     ends = language_model._loaded().network.ends.nonzero().flatten().tolist()
     assert tokenizer.convert_ids_to_tokens(ends) == ["<|end|>"]
     language_model.unload()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mamba"])
+def test_the_contract_holds_on_every_device(family: str, device: Any, make_folder: Any) -> None:
+    language_model = LocalLanguageModel(make_folder(family), device=str(device), dtype="float32")
+    check_language_model(language_model)
+    language_model.unload()
