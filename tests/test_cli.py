@@ -97,6 +97,7 @@ class Terminal:
         return before
 
     def type(self, text: str) -> None:
+        time.sleep(0.5)  # as a person: what is typed before the prompt is ready is dropped
         os.write(self._descriptor, text.encode())
 
     def exit_code(self) -> int:
@@ -373,6 +374,13 @@ def test_an_interrupt_ends_the_reply_and_not_the_chat(
     """Without rich, too: the same is shown, without colours."""
     (tmp_path / "rich").mkdir()
     (tmp_path / "rich" / "__init__.py").write_text("raise ImportError\n")
+    # A reply must still be going on when it is interrupted, however fast the machine is.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import time\n"
+        "from langchain_stars.engine import Engine\n"
+        "step = Engine._step\n"
+        "Engine._step = lambda self, lane: (time.sleep(0.03), step(self, lane))\n"
+    )
     slow = [*models, "--max-tokens", "100000", "--segment-size", "1"]
     terminal = Terminal("chat", "--guarded", *slow, PYTHONPATH=str(tmp_path))
     terminals.append(terminal)
