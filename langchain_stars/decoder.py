@@ -13,7 +13,7 @@ Source:
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise, takewhile
@@ -926,10 +926,3 @@ def combine(reward: Reward, values: dict[Leaf, float]) -> float | None:
         _log.warning("reward %s failed: %s", reward.name, type(error).__name__)
         return None
     return value if math.isfinite(value) else None
-
-
-def scorers_of(rows: Iterable[Row]) -> list[Scorer]:
-    """Return the scorers that judge some rows, each once."""
-    return list(
-        dict.fromkeys(scorer for row in rows if row.policy for scorer in row.policy.scorers)
-    )
