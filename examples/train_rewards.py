@@ -66,6 +66,9 @@ from transformers import (
 HEADS = ("safe", "helpful", "positive")
 LENGTH = 384
 MAX_REPLY = 224
+# Most prompts are cut to a few words: what is asked about lies in the replies.
+SHORT_PROMPT = 72
+LONG_PROMPTS = 0.2
 MAX_PAIRS = 64
 
 
@@ -423,12 +426,13 @@ class WordTeacher:
 
 # How often an example of each source is met in one epoch.
 EPOCH_WEIGHTS = {
-    "davidson": 0.6,
+    "davidson": 0.8,
     "gptfuzz_labelled": 0.6,
+    "hatecheck": 2.0,
     "everyday prompts": 0.4,
-    "everyday": 0.15,
+    "everyday": 0.1,
     "tone": 0.4,
-    "inapt": 0.2,
+    "inapt": 0.15,
     **dict.fromkeys(LEARNED_PAIRS, 0.3),
 }
 
@@ -465,20 +469,22 @@ class Encoder:
             ids.append(tokenizer.eos_token_id)
         return [tokenizer.bos_token_id, *ids[-max(0, room - 2) :][: room - 2], self.assistant]
 
-    def encode(self, example: Example, reply: str, labels: dict[str, float]) -> Asked:
-        """Return one reply with its questions.
+    def encode(
+        self, example: Example, reply: str, labels: dict[str, float], room: int = LENGTH
+    ) -> Asked:
+        """Return one reply with its questions, its prompt in at most `room` tokens.
 
         Half of what an example counts is spread over its prefixes, a quarter lies on the
         whole reply left open and a quarter on the closed one.
         """
         if example.word_labels:
-            return self._encode_words(example, reply)
+            return self._encode_words(example, reply, room)
         content = self.tokenizer.encode(reply, add_special_tokens=False)[:MAX_REPLY]
         if example.only_prompt:
             content, tail = [], []
         else:
             tail = [self.tokenizer.eos_token_id]
-        prompt = self.prompt_ids(example.prompt, LENGTH - len(content) - len(tail))
+        prompt = self.prompt_ids(example.prompt, min(room, LENGTH - len(content) - len(tail)))
         ids = prompt + content + tail
         first = len(prompt) - 1
         targets = []
@@ -496,7 +502,7 @@ class Encoder:
             targets.append((last, head, label, 0.25))
         return Asked(ids, first, targets)
 
-    def _encode_words(self, example: Example, reply: str) -> Asked:
+    def _encode_words(self, example: Example, reply: str, room: int) -> Asked:
         """Return a reply that is asked before its first word, after each, and closed."""
         words = reply.split(" ")
         pieces = [self.tokenizer.encode(words[0], add_special_tokens=False)]
@@ -504,7 +510,7 @@ class Encoder:
         lengths = [0, *itertools.accumulate(len(piece) for piece in pieces)]
         kept = sum(length <= MAX_REPLY for length in lengths)
         content = [token for piece in pieces[: kept - 1] for token in piece]
-        prompt = self.prompt_ids(example.prompt, LENGTH - len(content) - 1)
+        prompt = self.prompt_ids(example.prompt, min(room, LENGTH - len(content) - 1))
         ids = [*prompt, *content, self.tokenizer.eos_token_id]
         first = len(prompt) - 1
         places = [*(first + length for length in lengths[:kept]), len(ids) - 1]
@@ -551,8 +557,12 @@ def pack(examples: Iterator[Example], encoder: Encoder, rows: int, rng: random.R
         example = next(examples)
         replies = list(zip(example.replies, (1.0, 0.0), strict=False))
         labelled = {example.pair_head: None} if example.pair_head else {}
+        whole = example.only_prompt or rng.random() < LONG_PROMPTS
+        room = LENGTH if whole else SHORT_PROMPT
         sequences = [
-            encoder.encode(example, reply, {name: which for name in labelled} or example.labels)
+            encoder.encode(
+                example, reply, {name: which for name in labelled} or example.labels, room
+            )
             for reply, which in replies
         ]
         free = used.copy()
@@ -665,8 +675,12 @@ def stream(
         pool = [teacher.mixed(example, 0.5) for example in fixed]
         pool += teacher.pieces(fixed, 4000, rng)
         pool += everyday_examples(data, lexicon, rng)
-        pool += lexicon_examples(lexicon, everyday, 15000, rng)
-        chosen = [e for e in pool if rng.random() < EPOCH_WEIGHTS.get(e.source, 1.0)]
+        pool += lexicon_examples(lexicon, everyday, 45000, rng)
+        chosen = [
+            example
+            for example in pool
+            for _ in range(int(EPOCH_WEIGHTS.get(example.source, 1.0) + rng.random()))
+        ]
         rng.shuffle(chosen)
         for example in chosen:
             # Comments stand alone in their source; as replies they follow something.
@@ -720,9 +734,13 @@ def area_under_curve(scores: Tensor, labels: Tensor) -> float:
 
 
 def measure(
-    model: Any, encoder: Encoder, examples: Sequence[Example], limit: int = 200
+    model: Any,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    toned: Sequence[Example],
+    limit: int = 200,
 ) -> dict[str, float]:
-    """Return quick figures on examples held apart: areas under curves and pair accuracies."""
+    """Return quick figures: areas under curves, pair accuracies, agreement with the lexicon."""
     model.eval()
     figures: dict[str, float] = {}
     groups: dict[str, list[Example]] = {}
@@ -744,6 +762,10 @@ def measure(
             scores = torch.stack([s[place, 0] for s in scored])
             labels = torch.tensor([e.labels["safe"] for e in members])
             figures[f"{name} auc"] = area_under_curve(scores, labels)
+    scored = score_replies(model, encoder, [(e.prompt, e.replies[0]) for e in toned])
+    ours = torch.stack([scores[-1, HEADS.index("positive")] for scores in scored])
+    wanted = torch.tensor([e.word_labels["positive"][-1] for e in toned])
+    figures["lexicon r"] = float(torch.corrcoef(torch.stack([ours.sigmoid(), wanted]))[0, 1])
     model.train()
     return {name: round(value, 4) for name, value in figures.items()}
 
@@ -823,6 +845,8 @@ def main() -> None:
         for prompt in rng.sample(prompts, 4000)
     ]
 
+    toned = list(lexicon_examples(lexicon, everyday, 500, random.Random(-1)))
+
     model = start_model(arguments.work / arguments.trunk / "bundle", device)
     optimizers = make_optimizers(model, arguments.learning_rate, arguments.weight_decay)
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -885,7 +909,7 @@ def main() -> None:
         if step % arguments.measure_every == 0 or clock.over(step):
             now = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             model.load_state_dict(average)
-            figures = measure(model, encoder, apart)
+            figures = measure(model, encoder, apart, toned)
             model.load_state_dict(now)
             log.write(json.dumps({"step": step, **figures}) + "\n")
             tqdm.write(f"step {step}: {figures}")
