@@ -38,9 +38,9 @@ from langchain_stars.language_models import (
 from langchain_stars.language_models.drafters import RaggedDrafter
 from langchain_stars.language_models.local import _REGISTRY, FALLBACK_TEMPLATE
 from langchain_stars.language_models.masks import TreeMask, causal_masks
-from langchain_stars.language_models.prompts import PromptStore
 from langchain_stars.language_models.sampling import Sampler
 from langchain_stars.packing import PackedLinear, can_pack, device_name
+from langchain_stars.prompts import PromptStore
 from langchain_stars.ragged_cache import RaggedCache
 from langchain_stars.randomness import drafting_uniforms
 from langchain_stars.testing import check_language_model

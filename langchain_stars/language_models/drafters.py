@@ -16,8 +16,8 @@ from torch import Tensor
 
 from langchain_stars.language_models.base import Candidate, Drafting, Prefix, Request
 from langchain_stars.language_models.masks import TreeMask, causal_masks
-from langchain_stars.language_models.prompts import PromptStore, num_common
 from langchain_stars.language_models.sampling import Sampler
+from langchain_stars.prompts import PromptStore, num_common
 from langchain_stars.ragged_cache import RaggedCache
 from langchain_stars.randomness import drafting_uniforms
 

@@ -43,8 +43,8 @@ from langchain_stars.language_models.drafters import (
     ragged_error,
     snapshot_error,
 )
-from langchain_stars.language_models.prompts import PromptStore
 from langchain_stars.packing import can_pack, device_name, pack, share_weights
+from langchain_stars.prompts import PromptStore
 from langchain_stars.ragged_cache import ATTENTION
 from langchain_stars.templates import TextEncoder, encode_chat, vocabulary_of
 
