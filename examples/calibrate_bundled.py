@@ -1,13 +1,15 @@
 """Finds target, beta and floor of each bundled reward, on the bundled language model's replies.
 
 Knows the public names of the library; nothing of how it decodes. A third of the everyday prompts
-held apart shows where the rewards lie: the target is what one reply in twenty reaches. Most
-replies are far below it and much alike, so a hard threshold would either let all of them pass or
-none. On the second third the softness is sought at which guarded replies take as many attempts
-a segment as they may; on the last these are counted.
+held apart shows where the rewards of unguarded replies lie: three targets are what one reply in
+four reaches, what one in twenty does, and the middle of the two. On the second third the softness
+`beta` of each is sought at which guarded replies take as many attempts a segment as they may, and
+the target whose replies then have the highest reward is kept. On the last third the attempts are
+counted.
 
 Run:
     python examples/calibrate_bundled.py --data DATA
+    python examples/calibrate_bundled.py --data DATA --rewards safety  # and leave the others be
 """
 
 import argparse
@@ -15,6 +17,7 @@ import json
 import math
 import random
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from langchain_stars.calibration import Calibration, calibrate
 from langchain_stars.language_models import load_language_model
 from langchain_stars.rewards import bundled
 
-HORIZON = 128
+LEVELS = ("0.05", "0.25", "0.5", "0.75", "0.95")
 REWARDS = {
     "safety": bundled.safety,
     "helpfulness": bundled.helpfulness,
@@ -54,7 +57,6 @@ def attempts_of(replies: list[Any]) -> list[int]:
 
 def described(calibration: Calibration) -> dict[str, Any]:
     """Return by position where the rewards of unguarded replies lie."""
-    levels = ("0.05", "0.25", "0.5", "0.75", "0.95")
     places = [
         {
             "position": (index + 1) * calibration.segment_size,
@@ -64,7 +66,7 @@ def described(calibration: Calibration) -> dict[str, Any]:
             "std_within_prompt": round(position.spread_within, 4),
             "quantiles": {
                 level: round(value, 4)
-                for level, value in zip(levels, position.quantiles, strict=True)
+                for level, value in zip(LEVELS, position.quantiles, strict=True)
             },
         }
         for index, position in enumerate(calibration.positions)
@@ -73,14 +75,37 @@ def described(calibration: Calibration) -> dict[str, Any]:
     return {"prompt_mean": prompt[0], "prompt_std": prompt[1], "by_position": places}
 
 
+def rewards_of(replies: list[Any]) -> list[float]:
+    """Return the reward of every reply's last segment, the whole reply's; refusals have none."""
+    told = [r.response_metadata["stars"]["segments"] for r in replies]
+    return [segments[-1]["reward"] for segments in told if segments]
+
+
+def soften(
+    make_model: Callable[[float], ChatStars], asked: list[str], most: float, halvings: int
+) -> tuple[float, float]:
+    """Return the least `beta` that keeps to so many attempts, and the mean reward with it."""
+    low, high = math.log(0.005), math.log(0.5)
+    reward = -math.inf
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        replies = make_model(math.exp(middle)).batch(asked)
+        if statistics.fmean(attempts_of(replies)) <= most:
+            high, reward = middle, statistics.fmean(rewards_of(replies))
+        else:
+            low = middle
+    return math.exp(high), reward
+
+
 def main() -> None:
     """Calibrate each reward, count its attempts, and write `calibration.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data")
-    parser.add_argument("--prompts", type=int, default=120, help="a third for each purpose")
-    parser.add_argument("--samples", type=int, default=4, help="replies to each prompt")
+    parser.add_argument("--rewards", default=",".join(REWARDS))
+    parser.add_argument("--prompts", type=int, default=240, help="a third for each purpose")
+    parser.add_argument("--samples", type=int, default=3, help="replies to each prompt")
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--mean-attempts", type=float, default=1.8)
+    parser.add_argument("--mean-attempts", type=float, default=2.4)
     parser.add_argument("--safety-floor", type=float, default=0.4)
     parser.add_argument("--halvings", type=int, default=6, help="of the range of beta")
     parser.add_argument("--threads", type=int, default=1)
@@ -93,40 +118,45 @@ def main() -> None:
     language_model = load_language_model(bundled.FOLDER / "language_model")
     safety = bundled.safety()
     known: dict[str, Any] = {}
-    for name, make_reward in REWARDS.items():
+    for name in arguments.rewards.split(","):
+        make_reward = REWARDS[name]
         calibration = calibrate(
             language_model,
             make_reward(),
             chats,
             max_tokens=arguments.max_tokens,
-            horizon=HORIZON,
             num_samples=arguments.samples,
             progress=lambda replies, name=name: tqdm(replies, desc=name),
         )
-        target = statistics.fmean(position.quantiles[-1] for position in calibration.positions)
 
-        # `ChatStars()` guards with helpfulness above the floor of safety; so it is counted.
-        floored = [safety >= arguments.safety_floor] if name == "helpfulness" else []
-
-        def count(beta: float, asked: list[str], seed: int) -> float:
-            model = ChatStars(
+        def make_model(target: float, beta: float, seed: int) -> ChatStars:
+            # `ChatStars()` guards with helpfulness above the floor of safety; so it is counted.
+            floored = [safety >= arguments.safety_floor] if name == "helpfulness" else []  # noqa: B023
+            return ChatStars(
                 reward=make_reward(),  # noqa: B023 - called in this round of the loop alone
-                constraints=floored,  # noqa: B023
-                target=target,  # noqa: B023
+                constraints=floored,
+                target=target,
                 beta=beta,
                 max_tokens=arguments.max_tokens,
-                horizon=HORIZON,
                 seed=seed,
             )
-            return statistics.fmean(attempts_of(model.batch(asked)))
 
-        low, high = math.log(0.005), math.log(1.0)
-        for _ in tqdm(range(arguments.halvings), desc=f"{name}, beta"):
-            middle = (low + high) / 2
-            enough = count(math.exp(middle), tuned, 1) <= arguments.mean_attempts
-            low, high = (low, middle) if enough else (middle, high)
-        beta = math.exp(high)
-        counted = count(beta, counted_on, 2)
+        lax, strict = (
+            statistics.fmean(position.quantiles[level] for position in calibration.positions)
+            for level in (LEVELS.index("0.75"), LEVELS.index("0.95"))
+        )
+        best = (-math.inf, 0.0, 0.0)
+        for target in tqdm((lax, (lax + strict) / 2, strict), desc=f"{name}, targets"):
+            beta, reward = soften(
+                lambda beta, target=target: make_model(target, beta, 1),
+                tuned,
+                arguments.mean_attempts,
+                arguments.halvings,
+            )
+            tqdm.write(f"{name}: target {target:.4f}, beta {beta:.4f}, mean reward {reward:.4f}")
+            best = max(best, (reward, target, beta))
+        _, target, beta = best
+        counted = statistics.fmean(attempts_of(make_model(target, beta, 2).batch(counted_on)))
         tqdm.write(f"{name}: target {target:.4f}, beta {beta:.4f}, {counted:.2f} attempts")
         first = calibration.positions[0]
         floor = arguments.safety_floor if name == "safety" else first.quantiles[0]
@@ -138,18 +168,20 @@ def main() -> None:
             "attempts_per_segment": round(counted, 2),
             **described(calibration),
         }
-    result = {
+    path = bundled.FOLDER / "calibration.json"
+    result = json.loads(path.read_text()) if path.exists() else {"rewards": {}}
+    result |= {
         "segment_size": 16,
         "prompts": len(prompts),
         "replies_to_each": arguments.samples,
         "max_tokens": arguments.max_tokens,
-        "rewards": known,
+        "rewards": {**result["rewards"], **known},
     }
-    (bundled.FOLDER / "calibration.json").write_text(json.dumps(result, indent=1) + "\n")
-    model = ChatStars(max_tokens=arguments.max_tokens, seed=3)
-    counted = statistics.fmean(attempts_of(model.batch(prompts)))
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    bundled._calibration.cache_clear()
+    counted = statistics.fmean(attempts_of(ChatStars(seed=3).batch(counted_on)))
     result["default_attempts_per_segment"] = round(counted, 2)
-    (bundled.FOLDER / "calibration.json").write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 

@@ -48,9 +48,10 @@ from transformers.utils.logging import (
 from langchain_stars.acceptance import Acceptance, Constant, expected_accepted
 from langchain_stars.decoder import Policy, Report
 from langchain_stars.engine import Engine, Order, Priority, SyncReply
+from langchain_stars.language_models.base import Prefix, Request, Sampling
 from langchain_stars.language_models.local import LocalLanguageModel
 from langchain_stars.packing import can_pack, pack, share_weights
-from langchain_stars.rewards.base import Leaf, Raw, Scorer, ScoreRequest, Subject
+from langchain_stars.rewards.base import Completion, Leaf, Raw, Scorer, ScoreRequest, Subject
 from langchain_stars.rewards.classifiers import SequenceClassifier
 
 SEGMENT_SIZE = 16
@@ -65,6 +66,8 @@ _TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _BUCKET = 256
 _MANY_ROWS = 64
+_NO_LOSS = ">= 0.95"
+"""Gate of an optimisation: where it does not help, it does not harm."""
 _ALONE = (1,)
 _SEVERAL = (1, 2, 3, 4, 6, 8, 12, 16)
 """Numbers of candidates among which a ceiling is looked for."""
@@ -168,6 +171,7 @@ class Scale:
         prompts: Lengths of prompts of the growth curve.
         rows: Numbers of rows of the growth curve.
         shares: Sizes of rewards of the growth curve, relative to the language model.
+        held_rows: Numbers of rows that an accelerator is measured with, ascending.
         memory_rounds: Rounds over which memory must not grow.
         clock: What seconds are.
     """
@@ -185,6 +189,7 @@ class Scale:
     prompts: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     shares: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    held_rows: tuple[int, ...] = (1, 8, 32, _MANY_ROWS)
     memory_rounds: int = 24
     clock: Clock = "wall"
 
@@ -215,21 +220,32 @@ _LESS: dict[str, Any] = {
 }
 
 
-def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """Return a BPE tokenizer of made-up words; every id decodes to text that encodes to it."""
+def make_tokenizer(vocab: int, *, trailing: bool = False) -> PreTrainedTokenizerFast:
+    """Return a BPE tokenizer of made-up words; every id decodes to text that encodes to it.
+
+    Args:
+        vocab: Number of tokens, at least 27.
+        trailing: Whether a word takes the blank behind it, not the one before: the same text is
+            then cut elsewhere.
+    """
     letters = [*_LETTERS, "Ġ"]
     pairs = [a + b for a, b in itertools.product(_LETTERS, repeat=2)]
     room = vocab - len(letters) - len(pairs)
     words = [
         a + b for a, b in itertools.islice(itertools.product(pairs, repeat=2), max(0, room // 2))
     ]
-    tokens = [*letters, *pairs, *words, *("Ġ" + word for word in words)]
-    tokens += [f"Ġ{pair}" for pair in pairs][: vocab - len(tokens)]
+
+    def spaced(word: str) -> str:
+        return f"{word}Ġ" if trailing else f"Ġ{word}"
+
+    tokens = [*letters, *pairs, *words, *map(spaced, words)]
+    tokens += list(map(spaced, pairs))[: vocab - len(tokens)]
     tokens = tokens[:vocab]
     known = set(tokens)
     merges = [(pair[0], pair[1]) for pair in pairs if pair in known]
     merges += [(word[:2], word[2:]) for word in words]
     merges += [("Ġ", token[1:]) for token in tokens if len(token) > 1 and token[0] == "Ġ"]
+    merges += [(token[:-1], "Ġ") for token in tokens if len(token) > 1 and token[-1] == "Ġ"]
     tokenizer = Tokenizer(
         models.BPE(vocab={token: at for at, token in enumerate(tokens)}, merges=merges)
     )
@@ -286,23 +302,43 @@ class ForcedScorer(Scorer):
     Args:
         classifier: What reads; what it says is thrown away.
         needed: For each prompt, by its text, the attempts that each segment needs.
+        tokenizer: Counts the tokens of the candidates; if not given, none are counted.
 
     Attributes:
         num_asked: Candidates read.
+        num_own: Tokens of them, as `tokenizer` cuts what each adds to the text before it.
     """
 
     on_device: ClassVar[bool] = True
 
-    def __init__(self, classifier: SequenceClassifier, needed: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self,
+        classifier: SequenceClassifier,
+        needed: Mapping[str, Sequence[int]],
+        *,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+    ) -> None:
         self._classifier = classifier
+        self._tokenizer = tokenizer
         self._needed = needed
         self._asked: WeakKeyDictionary[Subject, dict[int, int]] = WeakKeyDictionary()
         self.num_asked = 0
+        self.num_own = 0
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[Raw]]:
         """Return 1 for the attempt that is to be accepted and those after it, else 0."""
         self._classifier.score(requests)
+        if self._tokenizer is not None:
+            self.num_own += sum(map(self._count, requests))
         return [[self._coin(request) for _ in request.candidates] for request in requests]
+
+    def _count(self, request: ScoreRequest) -> int:
+        assert self._tokenizer is not None
+        begin = len(request.accepted.text)
+        return sum(
+            len(self._tokenizer.tokenize(candidate.text[begin:]))
+            for candidate in request.candidates
+        )
 
     def _coin(self, request: ScoreRequest) -> Raw:
         self.num_asked += 1
@@ -410,7 +446,7 @@ class Bench:
         self.scale = scale
         self._folder = folder
         self._engines: dict[tuple[int, bool, bool], Engine] = {}
-        self._classifiers: dict[Shape, SequenceClassifier] = {}
+        self._classifiers: dict[tuple[Shape, bool], SequenceClassifier] = {}
         self.cuda = scale.device.startswith("cuda")
 
     def now(self) -> float:
@@ -429,6 +465,11 @@ class Bench:
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Of both models."""
         return make_tokenizer(self.scale.language_model.vocab)
+
+    @cached_property
+    def other_tokenizer(self) -> PreTrainedTokenizerFast:
+        """One that cuts the same text elsewhere, of as many tokens."""
+        return make_tokenizer(self.scale.language_model.vocab, trailing=True)
 
     def _make(self, kind: Any, shape: Shape, seed: int, **settings: Any) -> Any:
         dtype = getattr(torch, self.scale.dtype)
@@ -459,27 +500,30 @@ class Bench:
         """The same weights under the engine."""
         return self.new_language_model()
 
-    def new_language_model(self) -> LocalLanguageModel:
-        """Return the same weights with nothing computed yet."""
+    def new_language_model(self, **settings: Any) -> LocalLanguageModel:
+        """Return the same weights with nothing computed yet, and other settings where given."""
         # Without a store of prompts: both sides of a ratio begin with the same ones.
-        return LocalLanguageModel(self.peer, tokenizer=self.tokenizer, prompt_bytes=0)
+        settings = {"prompt_bytes": 0, **settings}
+        return LocalLanguageModel(self.peer, tokenizer=self.tokenizer, **settings)
 
-    def classifier(self, shape: Shape | None = None) -> SequenceClassifier:
-        """Return the reward model, or one of another shape."""
+    def classifier(
+        self, shape: Shape | None = None, *, other_tokenizer: bool = False
+    ) -> SequenceClassifier:
+        """Return the reward model, or one of another shape, or one that cuts text elsewhere."""
         shape = shape or self.scale.reward
-        if shape not in self._classifiers:
+        key = (shape, other_tokenizer)
+        if key not in self._classifiers:
             folder = self._folder / f"reward{len(self._classifiers)}"
             model = self._make(LlamaForSequenceClassification, shape, 1, num_labels=1)
             own, its = self.scale.language_model, shape
             cost = its.num_layer_parameters / own.num_streamed_parameters
-            self._classifiers[shape] = SequenceClassifier(
-                folder, device=self.scale.device, cost=cost
-            )
+            self._classifiers[key] = SequenceClassifier(folder, device=self.scale.device, cost=cost)
+            tokenizer = self.other_tokenizer if other_tokenizer else self.tokenizer
             with _without_bars():
                 model.save_pretrained(folder)
-                self.tokenizer.save_pretrained(folder)
-                self._classifiers[shape].load()
-        return self._classifiers[shape]
+                tokenizer.save_pretrained(folder)
+                self._classifiers[key].load()
+        return self._classifiers[key]
 
     def prompt(self, number: int, length: int | None = None) -> _Prompt:
         """Return a prompt; its text encodes to its ids."""
@@ -515,6 +559,7 @@ class Bench:
         candidates: int | None = None,
         adaptive: bool = True,
         shape: Shape | None = None,
+        other_tokenizer: bool = False,
     ) -> Policy:
         """Return a guard that accepts attempts with a probability, stratified over all prompts."""
         each = math.ceil(tokens / SEGMENT_SIZE)
@@ -522,7 +567,11 @@ class Bench:
         decks = {
             prompt.text: needed[at * each : (at + 1) * each] for at, prompt in enumerate(prompts)
         }
-        scorer = ForcedScorer(self.classifier(shape), decks)
+        scorer = ForcedScorer(
+            self.classifier(shape, other_tokenizer=other_tokenizer),
+            decks,
+            tokenizer=self.other_tokenizer if other_tokenizer else None,
+        )
         return Policy(
             objective=Coin(scorer),
             acceptance=Acceptance(schedule=Constant(0.5), max_attempts=MAX_ATTEMPTS),
@@ -543,6 +592,7 @@ class Bench:
         lazy: bool = True,
         together: bool = True,
         language_model: LocalLanguageModel | None = None,
+        partition: str = "",
     ) -> Sample:
         """Have the engine reply to some prompts, at once or one after the other."""
         engine = self.engine(max_rows, barrier=barrier, lazy=lazy)
@@ -562,6 +612,7 @@ class Bench:
                 seed=prompt.ids[0],
                 max_queue=len(prompts) + _MANY_ROWS,
                 priority=priority,
+                partition=partition,
                 segment_size=SEGMENT_SIZE,
             )
 
@@ -601,6 +652,7 @@ class Bench:
         *,
         tokens: int | None = None,
         candidates: int | None = None,
+        adaptive: bool = True,
         shape: Shape | None = None,
         length: int | None = None,
         max_rows: int | None = None,
@@ -614,6 +666,7 @@ class Bench:
             probability: Chance that an attempt is accepted; None is the plain decoder.
             tokens: Tokens of a reply.
             candidates: Most candidates at once.
+            adaptive: Whether fewer may be chosen.
             shape: Of the reward.
             length: Tokens of a prompt.
             max_rows: Rows of the engine; one for each reply if not given.
@@ -633,6 +686,7 @@ class Bench:
                     tokens=num_tokens,
                     seed=pair,
                     candidates=candidates,
+                    adaptive=adaptive,
                     shape=shape,
                 )
 
@@ -653,8 +707,14 @@ class Bench:
 
     # The peers' sides
 
-    def generating(self, replies: int) -> Side:
-        """Return the side of transformers' `generate`, all replies in one batch."""
+    def generating(self, replies: int, *, static: bool = False) -> Side:
+        """Return the side of transformers' `generate`, all replies in one batch.
+
+        Args:
+            replies: Replies of a sample.
+            static: Whether on a static cache, for which it compiles the model on a GPU.
+        """
+        settings = {"cache_implementation": "static"} if static else {}
 
         def side(pair: int) -> Sample:
             prompts = self.prompts(1000 * pair, replies)
@@ -670,6 +730,7 @@ class Bench:
                     top_p=1.0,
                     max_new_tokens=self.scale.tokens,
                     pad_token_id=0,
+                    **settings,
                 )
             num_tokens = output[:, ids.shape[1] :].cpu().numel()
             return Sample(seconds=self.now() - begin, num_tokens=num_tokens)
@@ -807,6 +868,63 @@ class Bench:
             cache.crop(-width)
         return min(times[1:])
 
+    def drafting_seconds(
+        self,
+        rows: int,
+        candidates: int,
+        *,
+        length: int | None = None,
+        language_model: LocalLanguageModel | None = None,
+    ) -> float:
+        """Return the least time of a token of all candidates as the engine drafts them, sampled.
+
+        Args:
+            rows: Rows of a round.
+            candidates: Candidates of each.
+            length: Tokens that each row holds; the prompt's if not given.
+            language_model: What drafts.
+        """
+        model = language_model or self.language_model
+        requests = _requests(self.prompts(0, rows, length), candidates)
+        times = []
+        for _ in range(5):
+            # All are thrown away: what follows the first round drafts behind the same prompts.
+            begin = self.now()
+            model.draw(requests)
+            times.append((self.now() - begin) / (SEGMENT_SIZE - 1))
+        for request in requests:
+            model.release(request.prefix)
+        return min(times[1:])
+
+    def hold(
+        self,
+        rows: int,
+        *,
+        length: int,
+        language_model: LocalLanguageModel,
+        classifier: SequenceClassifier,
+    ) -> int:
+        """Draft and judge a segment of so many rows at once; return how many were answered."""
+        prompts = self.prompts(0, rows, length)
+        requests = _requests(prompts, 1)
+        subjects = [Subject([{"role": "user", "content": prompt.text}]) for prompt in prompts]
+        drafted = language_model.draw(requests)
+        texts = [language_model.decode(candidate.token_ids) for [candidate] in drafted]
+        answers = classifier.score(
+            [
+                ScoreRequest(
+                    subject=subject,
+                    accepted=Completion(text="", finished=False),
+                    candidates=(Completion(text=text, finished=False),),
+                )
+                for subject, text in zip(subjects, texts, strict=True)
+            ]
+        )
+        for request, subject in zip(requests, subjects, strict=True):
+            language_model.release(request.prefix)
+            classifier.release(subject)
+        return sum(math.isfinite(logit) for [(logit,)] in answers)
+
     def prompt_seconds(self, *, reward: bool = False) -> float:
         """Return what reading a prompt takes: of the reward, with the first segment behind it."""
         key = (0, None, reward)
@@ -853,6 +971,22 @@ class Bench:
             expected_accepted(probability, count) / self.round_seconds(rows, count, probability)
             for count in candidates
         )
+
+
+def _requests(prompts: Sequence[_Prompt], count: int) -> list[Request]:
+    """Return what asks for the first candidates behind some prompts."""
+    return [
+        Request(
+            prefix=Prefix(prompt.ids),
+            seed=at,
+            segment=0,
+            first_attempt=1,
+            count=count,
+            size=SEGMENT_SIZE,
+            sampling=Sampling(),
+        )
+        for at, prompt in enumerate(prompts)
+    ]
 
 
 def _as_held(model: Any) -> Any:
@@ -1036,6 +1170,10 @@ class Benchmark:
             "first segment": self._first,
             "memory": self._memory,
             "same tokens": self._same,
+            "one row, without": self._one_row_without,
+            "eight rows, without": self._eight_rows_without,
+            "reward, without": self._reward_without,
+            "prompts, without": self._prompts_without,
             "growth": self._growth,
         }
 
@@ -1329,10 +1467,34 @@ class Benchmark:
             self._add_exact("C5", name, ratios["C5"], counted)
         if self.wants("C6"):
             self._add_exact("C6", "reward's forwards / sum over rounds", ratios["C6"], counted)
+            self._cut_elsewhere()
         if self.wants("C7"):
             name = "prompt tokens forwarded / prompt tokens, "
             self._add_exact("C7", name + "language model", ratios["own"], "2 replies each")
             self._add_exact("C7", name + "reward", ratios["its"], "2 replies each")
+
+    def _cut_elsewhere(self) -> None:
+        """C6 of a reward that cuts text elsewhere: what it reads again where segments meet."""
+        bench, tokens = self.bench, 64
+        classifier = bench.classifier(other_tokenizer=True)
+        ratios, notes = [], []
+        for probability, candidates in ((1.0, 1), (0.5, None)):
+            before, prompts = classifier.counters, bench.prompts(0, 2)
+            policy = bench.policy(
+                prompts, probability, tokens=tokens, candidates=candidates, other_tokenizer=True
+            )
+            sample = bench.run(prompts, policy=policy, tokens=tokens, max_rows=2)
+            after = classifier.counters
+            read = after.candidate_tokens - before.candidate_tokens
+            read += after.refed_tokens - before.refed_tokens
+            own = sum(
+                scorer.num_own for scorer in policy.scorers if isinstance(scorer, ForcedScorer)
+            )
+            ratios.append(read / own)
+            drafted = own / (sample.num_attempts * SEGMENT_SIZE)
+            notes.append(f"{read} of {own} at p = {probability}, {drafted:.2f} for each drafted")
+        name = "reward's forwards, another tokenizer / tokens of its own"
+        self._add("C6", name, [max(ratios)], "<= 1.1", counts="; ".join(notes))
 
     def _concurrent(self) -> None:
         """C8: calls that arrive together."""
@@ -1423,6 +1585,109 @@ class Benchmark:
         name = "replies that are the same alone and among 8 / all"
         counts = f"8 replies of {tokens} tokens, p = 0.5, {self.scale.dtype}"
         self._add("C12", name, [equal / 8], "= 1", counts=counts)
+
+    # What each optimisation is worth: the same work with it and without it
+
+    def _one_row_without(self) -> None:
+        """A1 and A2: weights as they were, and other ways to draft."""
+        bench, tokens = self.bench, min(64, self.scale.tokens)
+        if not self.wants("A1", "A2"):
+            return
+        pairs = min(2, self.scale.long_pairs)
+
+        def guarded(tokens: int = tokens, **settings: Any) -> Side:
+            model = bench.new_language_model(**settings) if settings else None
+            if model is not None:
+                model.round_seconds(1, 1, SEGMENT_SIZE)  # loads it, and times its steps
+            return bench.side(1, 0.5, tokens=tokens, language_model=model)
+
+        sides = {"with": guarded()}
+        if self.wants("A1"):
+            sides["without"] = guarded(pack_weights=False)
+        if self.wants("A2"):
+            sides["snapshot"] = guarded(drafts="snapshot")
+        samples = self._measure("one row, without", sides, pairs, warm=False)
+        if self.wants("A1"):
+            name = "packed weights / plain ones, p = 0.5, 1 row"
+            self._add_ratio("A1", name, samples, "with", "without", _NO_LOSS)
+        if self.wants("A2"):
+            name = "drafts: ragged / snapshot, p = 0.5, 1 row"
+            self._add_ratio("A2", name, samples, "with", "snapshot", _NO_LOSS)
+            short = 2 * SEGMENT_SIZE
+            sides = {"with": guarded(short), "recompute": guarded(short, drafts="recompute")}
+            samples = self._measure("recomputing", sides, pairs, warm=False)
+            name = f"drafts: ragged / recompute, p = 0.5, 1 row, {short} tokens"
+            self._add_ratio("A2", name, samples, "with", "recompute", _NO_LOSS)
+
+    def _eight_rows_without(self) -> None:
+        """A3 and A4: a number of attempts that is not chosen, and rows that wait."""
+        bench, tokens = self.bench, 3 * SEGMENT_SIZE
+        if not self.wants("A3", "A4"):
+            return
+        sides = {"with": bench.side(8, 0.5, tokens=tokens)}
+        if self.wants("A3"):
+            sides["M = 1"] = bench.side(8, 0.5, tokens=tokens, candidates=1)
+            sides["M = 4"] = bench.side(8, 0.5, tokens=tokens, candidates=4, adaptive=False)
+        if self.wants("A4"):
+            sides["barrier"] = bench.side(8, 0.5, tokens=tokens, barrier=True)
+        pairs = min(2, self.scale.long_pairs)
+        samples = self._measure("eight rows, without", sides, pairs, warm=False)
+        if self.wants("A3"):
+            for other in ("M = 1", "M = 4"):
+                name = f"chosen M / {other}, p = 0.5, 8 rows"
+                self._add_ratio("A3", name, samples, "with", other, _NO_LOSS)
+        if self.wants("A4"):
+            name = "rows apart / barrier, p = 0.5, 8 rows"
+            self._add_ratio("A4", name, samples, "with", "barrier", _NO_LOSS)
+
+    def _reward_without(self) -> None:
+        """A5: candidates judged all at once, where the reward is large."""
+        bench, tokens = self.bench, 3 * SEGMENT_SIZE
+        if not self.wants("A5"):
+            return
+        shape = self.scale.language_model.scaled(1.0)
+        sides = {
+            name: bench.side(1, 0.5, tokens=tokens, shape=shape, lazy=lazy)
+            for name, lazy in (("lazy", True), ("at once", False))
+        }
+        samples = self._measure("reward, without", sides, self.scale.long_pairs)
+        name = "judged one by one / at once, p = 0.5, reward 1, 1 row"
+        self._add_ratio("A5", name, samples, "lazy", "at once", _NO_LOSS)
+
+    def _prompts_without(self) -> None:
+        """A6: prompts that begin as an earlier one did, and a store of prompts."""
+        bench, scale = self.bench, self.scale
+        if not self.wants("A6"):
+            return
+        length, calls = 8 * scale.prompt, 3
+
+        def asking(**settings: Any) -> Side:
+            model = bench.new_language_model(**settings)
+
+            def side(pair: int) -> Sample:
+                whole = bench.prompt(1000 * pair, length).ids
+                # As the turns of a thread: each prompt is the one before and something new.
+                ends = [length - 16 * (calls - at) for at in range(calls + 1)]
+                prompts = [
+                    _Prompt(str(bench.tokenizer.decode(whole[:end])), whole[:end]) for end in ends
+                ]
+                how: dict[str, Any] = {
+                    "policy": None,
+                    "tokens": SEGMENT_SIZE,
+                    "max_rows": 1,
+                    "together": False,
+                    "language_model": model,
+                    "partition": str(pair),
+                }
+                bench.run(prompts[:1], **how)
+                return bench.run(prompts[1:], **how)
+
+            return side
+
+        sides = {"with": asking(prompt_bytes=1 << 28), "without": asking()}
+        samples = self._measure("prompts, without", sides, scale.long_pairs)
+        name = f"prompts stored / not, unguarded, {length} tokens, 16 of them new"
+        self._add_ratio("A6", name, samples, "with", "without", _NO_LOSS)
 
     # Growth
 
@@ -1527,25 +1792,32 @@ class AcceleratorBenchmark(Benchmark):
             "G5": self._width,
             "G6": self._wait,
             "G7": self._published,
+            "G8": self._trees,
+            "G9": self._graphs,
             "G10": self._room,
             "G11": self._waves,
-            "others": self._others,
         }
 
-    def _pair(self, identifier: str, name: str, one: Side, other: Side, gate: str = "") -> None:
-        """Measure two sides and add the row of their ratio."""
-        sides = {"one": one, "other": other}
+    def _pair(
+        self, identifier: str, name: str, sides: Mapping[str, Side], gates: Mapping[str, str]
+    ) -> None:
+        """Measure some sides, and add a row of the first one's ratio to each of the others."""
         samples = self._measure(f"{identifier} {name}", sides, self.scale.long_pairs)
-        self._add_ratio(identifier, name, samples, "one", "other", gate)
+        first, *others = sides
+        for other in others:
+            row = f"{first} / {other}, {name}"
+            self._add_ratio(identifier, row, samples, first, other, gates.get(other, ""))
 
     def _limit(self) -> None:
         """G1: the plain decoder beside what the memory allows."""
         scale = self.scale
         bandwidth = _bandwidth(scale.device)
-        for rows, gate in ((1, ">= 0.70"), (_MANY_ROWS, ">= 0.50")):
+        for rows in (scale.held_rows[0], scale.held_rows[-1]):
             if not self.wants("G1"):
                 return
-            name = f"unguarded / bandwidth floor, {rows} rows"
+            name = f"unguarded / bandwidth floor, {_rows(rows)}"
+            samples = self._measure(name, {"own": self.bench.side(rows)}, scale.long_pairs)
+            rates = [sample.rate for sample in samples["own"]]
             if bandwidth is None:
                 note = "the bandwidth of the device is not known"
                 self.results.rows.append(Result(id="G1", name=name, value=None, note=note))
@@ -1553,46 +1825,50 @@ class AcceleratorBenchmark(Benchmark):
             shape, length = scale.language_model, scale.prompt + scale.tokens / 2
             values = shape.num_streamed_parameters + rows * length * shape.num_token_values
             floor = rows * bandwidth / (values * getattr(torch, scale.dtype).itemsize)
-            samples = self._measure(name, {"own": self.bench.side(rows)}, scale.long_pairs)
-            rates = [sample.rate for sample in samples["own"]]
             counts = f"{statistics.median(rates):.0f} of {floor:.0f} tokens/s"
+            gate = _LIMIT_GATES.get(rows, "")
             self._add("G1", name, [rate / floor for rate in rates], gate, counts=counts)
 
     def _peers(self) -> None:
         """G2: the plain decoder beside those of transformers."""
-        bench = self.bench
-        for rows in (1, _MANY_ROWS):
-            if not self.wants("G2"):
-                return
-            own = bench.side(rows)
-            name = f"unguarded / generate, {rows} rows"
-            self._pair("G2", name, own, bench.generating(rows), ">= 3")
-            name = f"unguarded / continuous batching, {rows} rows"
-            self._pair("G2", name, own, bench.batching(rows), ">= 0.9")
+        bench, scale = self.bench, self.scale
+        for rows in (scale.held_rows[0], scale.held_rows[-1]):
+            if self.wants("G2"):
+                sides = {
+                    "unguarded": bench.side(rows),
+                    "generate": bench.generating(rows),
+                    "generate, static cache": bench.generating(rows, static=True),
+                    "continuous batching": bench.batching(rows),
+                }
+                self._pair("G2", _rows(rows), sides, _PEER_GATES)
 
     def _judged(self) -> None:
         """G3: what judging costs."""
         bench, scale = self.bench, self.scale
-        for share, shape, rows, gate in (
-            ("1/8", scale.reward, 1, ">= 0.93"),
-            ("1/8", scale.reward, _MANY_ROWS, ">= 0.85"),
-            ("1", scale.language_model, 1, ">= 0.85"),
-            ("1", scale.language_model, _MANY_ROWS, ">= 0.60"),
-        ):
-            if self.wants("G3"):
-                name = f"guarded / unguarded, p = 1, M = 1, reward {share}, {rows} rows"
-                guarded = bench.side(rows, 1.0, candidates=1, shape=shape)
-                self._pair("G3", name, guarded, bench.side(rows), gate)
+        for share, shape in (("1/8", scale.reward), ("1", scale.language_model)):
+            for rows in (scale.held_rows[0], scale.held_rows[-1]):
+                if self.wants("G3"):
+                    sides = {
+                        "guarded": bench.side(rows, 1.0, candidates=1, shape=shape),
+                        "unguarded": bench.side(rows),
+                    }
+                    name = f"p = 1, M = 1, reward {share}, {_rows(rows)}"
+                    gates = {"unguarded": _JUDGED_GATES.get((share, rows), "")}
+                    self._pair("G3", name, sides, gates)
 
     def _guarded(self) -> None:
         """G4: what guarding costs."""
         bench = self.bench
-        gates = {(0.5, 1): ">= 0.90", (0.5, 8): ">= 0.85", (0.5, _MANY_ROWS): ">= 0.65"}
-        for probability, rows in itertools.product((0.25, 0.5, 0.75), (1, 8, 32, _MANY_ROWS)):
-            if self.wants("G4"):
-                name = f"guarded / unguarded, p = {probability}, {rows} rows"
-                gate = gates.get((probability, rows), "")
-                self._pair("G4", name, bench.side(rows, probability), bench.side(rows), gate)
+        for rows in self.scale.held_rows:
+            if not self.wants("G4"):
+                return
+            sides = {"unguarded": bench.side(rows)}
+            sides |= {f"p = {each}": bench.side(rows, each) for each in (0.25, 0.5, 0.75)}
+            samples = self._measure(f"G4 {rows}", sides, self.scale.long_pairs)
+            for probability in (0.25, 0.5, 0.75):
+                name = f"guarded / unguarded, p = {probability}, {_rows(rows)}"
+                gate = _GUARDED_GATES.get((probability, rows), "")
+                self._add_ratio("G4", name, samples, f"p = {probability}", "unguarded", gate)
 
     def _width(self) -> None:
         """G5: how many tokens one step draws for little more than one."""
@@ -1619,55 +1895,141 @@ class AcceleratorBenchmark(Benchmark):
     def _published(self) -> None:
         """G7: the loop of CARDS' published code."""
         if self.wants("G7"):
-            one, other = self.bench.side(1, 0.5), self.bench.recomputing(0.5)
-            self._pair("G7", _ACCELERATOR["G7"], one, other, ">= 8")
+            sides = {"guarded": self.bench.side(1, 0.5), "CARDS": self.bench.recomputing(0.5)}
+            self._pair("G7", "p = 0.5, 1 row", sides, {"CARDS": ">= 8"})
+
+    def _trees(self) -> None:
+        """G8: candidates that are branches of a row, and candidates that are rows of a batch."""
+        if not self.wants("G8"):
+            return
+        rows, candidates = self.scale.held_rows[-1] // 4, 4
+        length = 4 * self.scale.prompt
+        tree = self.bench.drafting_seconds(rows, candidates, length=length)
+        expanded = self.bench.step_seconds(rows * candidates, length=length)
+        counts = f"{_rows(rows)}, M = {candidates}, {length} tokens: "
+        counts += f"{1e3 * tree:.2f} with sampling, and {1e3 * expanded:.2f} ms"
+        self._add("G8", _ACCELERATOR["G8"], [tree / expanded], "<= 0.75", counts=counts)
+
+    def _graphs(self) -> None:
+        """G9: a step that is played back, and one that is launched piece by piece."""
+        if not self.wants("G9"):
+            return
+        name, note = _ACCELERATOR["G9"], ""
+        if _STEPS is None:
+            note = "not run: the drafting step runs eagerly"
+        elif not self.bench.cuda:
+            note = "not run: no GPU"
+        if note:
+            self.results.rows.append(Result(id="G9", name=name, value=None, note=note))
+            return
+        settings = [{_STEPS: way} for way in ("graphs", "eager")]
+        models = [self.bench.new_language_model(**each) for each in settings]
+        pairs = [
+            [self.bench.drafting_seconds(1, 1, language_model=model) for model in models]
+            for _ in range(self.scale.long_pairs)
+        ]
+        counts = f"{1e3 * pairs[0][0]:.2f} and {1e3 * pairs[0][1]:.2f} ms"
+        self._add("G9", name, [one / other for one, other in pairs], "<= 0.5", counts=counts)
 
     def _room(self) -> None:
-        """G10: long rows."""
+        """G10: how many long rows fit beside a reward as large, and what one too many does."""
         if not self.wants("G10"):
             return
-        bench, wanted, tokens = self.bench, 150, SEGMENT_SIZE
-        length = 4 * self.scale.prompt - tokens
-        side = bench.side(wanted, 1.0, tokens=tokens, candidates=1, length=length)
-        done = side(0).num_tokens // tokens
-        name = f"rows of {length + tokens} tokens that were answered, of {wanted}"
-        counts = f"{bench.language_model.counts.out_of_memory} times out of memory"
-        self._add("G10", name, [float(done)], f">= {wanted}", counts=counts)
+        bench, wanted = self.bench, _LONG_ROWS if self.bench.cuda else 4
+        length = 4 * self.scale.prompt - SEGMENT_SIZE
+        model = bench.new_language_model()
+        classifier = bench.classifier(self.scale.language_model)
+        rows, most = wanted, 16 * wanted if bench.cuda else wanted
+        fitted = answered = 0
+        while rows <= most and not model.counts.out_of_memory + classifier.counters.backoffs:
+            answered = bench.hold(rows, length=length, language_model=model, classifier=classifier)
+            if not model.counts.out_of_memory + classifier.counters.backoffs:
+                fitted = answered
+            rows += -(-wanted // 4)
+        name = f"rows of {length + SEGMENT_SIZE} tokens that fit, with a reward as large"
+        counts = f"then {answered} rows were answered, {model.counts.out_of_memory} and "
+        counts += f"{classifier.counters.backoffs} times out of memory"
+        self._add("G10", name, [float(fitted)], f">= {wanted}", counts=counts)
 
     def _waves(self) -> None:
         """G11: candidates judged one by one, and all at once."""
         if self.wants("G11"):
-            shape = self.scale.language_model
-            one, other = (
-                self.bench.side(_MANY_ROWS, 0.5, shape=shape, lazy=lazy) for lazy in (True, False)
-            )
-            self._pair("G11", _ACCELERATOR["G11"], one, other, ">= 1")
+            rows, shape = self.scale.held_rows[-1], self.scale.language_model
+            sides = {
+                name: self.bench.side(rows, 0.5, shape=shape, lazy=lazy)
+                for name, lazy in (("judged one by one", True), ("at once", False))
+            }
+            name = f"p = 0.5, reward 1, {_rows(rows)}"
+            self._pair("G11", name, sides, {"at once": ">= 1"})
 
-    def _others(self) -> None:
-        """Name what is defined and not measured."""
-        for identifier, note in (
-            ("G8", "not measured: candidates share a row, and there is no other way to draft them"),
-            ("G9", "not measured: the drafting step runs eagerly"),
-        ):
-            if self.wants(identifier):
-                name = _ACCELERATOR[identifier]
-                self.results.rows.append(Result(id=identifier, name=name, value=None, note=note))
 
+def _rows(count: int) -> str:
+    return f"{count} row{'s' if count > 1 else ''}"
+
+
+_LIMIT_GATES = {1: ">= 0.70", _MANY_ROWS: ">= 0.50"}
+_PEER_GATES = {
+    "generate": ">= 3",
+    "generate, static cache": ">= 0.9",
+    "continuous batching": ">= 0.9",
+}
+_JUDGED_GATES = {
+    ("1/8", 1): ">= 0.93",
+    ("1/8", _MANY_ROWS): ">= 0.85",
+    ("1", 1): ">= 0.85",
+    ("1", _MANY_ROWS): ">= 0.60",
+}
+_GUARDED_GATES = {
+    (0.5, 1): ">= 0.90",
+    (0.5, 8): ">= 0.85",
+    (0.5, _MANY_ROWS): ">= 0.65",
+    # These are 0.85 of what the cost model says of one H200.
+    (0.25, 1): ">= 0.83",
+    (0.25, 8): ">= 0.77",
+    (0.25, 32): ">= 0.58",
+    (0.25, _MANY_ROWS): ">= 0.43",
+    (0.5, 32): ">= 0.72",
+    (0.75, 1): ">= 0.84",
+    (0.75, 8): ">= 0.82",
+    (0.75, 32): ">= 0.78",
+    (0.75, _MANY_ROWS): ">= 0.74",
+}
+_LONG_ROWS = 150
+_STEPS: str | None = None
+"""Argument of the language model that says how the drafting step runs."""
 
 _ACCELERATOR = {
     "G1": "unguarded / bandwidth floor, 1 and 64 rows",
-    "G2": "unguarded / transformers generate and continuous batching",
-    "G3": "guarded / unguarded, p = 1, M = 1, reward of an eighth and equal",
+    "G2": "unguarded / generate, static cache, continuous batching",
+    "G3": "guarded / unguarded, p = 1, M = 1, reward 1/8 and 1",
     "G4": "guarded / unguarded, p = 0.25 to 0.75, 1 to 64 rows",
     "G5": "largest n with t(n) <= 1.25 t(1)",
     "G6": "first guarded segment, 1 row",
-    "G7": "guarded / CARDS-style loop, p = 0.5, 1 row",
-    "G8": "tree drafting / batch-expanded drafting, seconds a step",
-    "G9": "CUDA-graph step / eager step",
-    "G10": "rows of 2048 tokens that fit",
+    "G7": "guarded / CARDS, p = 0.5, 1 row",
+    "G8": "tree drafting / batch-expanded, seconds a step",
+    "G9": "CUDA-graph step / eager step, 1 row",
+    "G10": "rows of 2048 tokens that fit, with a reward as large",
     "G11": "judged one by one / at once, p = 0.5, reward 1, 64 rows",
 }
-_CPU_IDS = ("C1", "C2", "C2b", "C3", "C4", "C4b", *(f"C{at}" for at in range(5, 13)), "P1")
+"""What wants an accelerator, as it is named where there is none."""
+
+_ACCELERATOR_GATES = {
+    "G1": ">= 0.70; >= 0.50",
+    "G2": ">= 3; >= 0.9; >= 0.9",
+    "G3": ">= 0.93 to >= 0.60",
+    "G4": "p = 0.5: >= 0.90 (1 row), >= 0.85 (8), >= 0.65 (64)",
+    "G5": ">= 64",
+    "G6": "<= 120 ms; <= 1.2",
+    "G7": ">= 8",
+    "G8": "<= 0.75",
+    "G9": "<= 0.5",
+    "G10": ">= 150",
+    "G11": ">= 1",
+}
+_CPU_IDS = (
+    *("C1", "C2", "C2b", "C3", "C4", "C4b", *(f"C{at}" for at in range(5, 13)), "P1"),
+    *(f"A{at}" for at in range(1, 7)),
+)
 _IDS = (*_CPU_IDS, *_ACCELERATOR)
 
 
@@ -1822,7 +2184,8 @@ def measure(
                     id=identifier,
                     name=name,
                     value=None,
-                    note=f"no CUDA device; where there is one: {COMMAND} --only {identifier}",
+                    note=f"not run: no GPU; gate on one H200 {_ACCELERATOR_GATES[identifier]}; "
+                    f"the command: {COMMAND} --only {identifier}",
                 )
                 for identifier, name in _ACCELERATOR.items()
                 if only is None or identifier in only
