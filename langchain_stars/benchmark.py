@@ -1665,11 +1665,12 @@ class Benchmark:
             model = bench.new_language_model(**settings)
 
             def side(pair: int) -> Sample:
-                whole = bench.prompt(1000 * pair, length).ids
+                whole = list(bench.prompt(1000 * pair, length).ids)
                 # As the turns of a thread: each prompt is the one before and something new.
                 ends = [length - 16 * (calls - at) for at in range(calls + 1)]
                 prompts = [
-                    _Prompt(str(bench.tokenizer.decode(whole[:end])), whole[:end]) for end in ends
+                    _Prompt(str(bench.tokenizer.decode(whole[:end])), tuple(whole[:end]))
+                    for end in ends
                 ]
                 how: dict[str, Any] = {
                     "policy": None,
@@ -1922,8 +1923,8 @@ class AcceleratorBenchmark(Benchmark):
         if note:
             self.results.rows.append(Result(id="G9", name=name, value=None, note=note))
             return
-        settings = [{_STEPS: way} for way in ("graphs", "eager")]
-        models = [self.bench.new_language_model(**each) for each in settings]
+        argument = str(_STEPS)
+        models = [self.bench.new_language_model(**{argument: way}) for way in ("graphs", "eager")]
         pairs = [
             [self.bench.drafting_seconds(1, 1, language_model=model) for model in models]
             for _ in range(self.scale.long_pairs)
