@@ -90,7 +90,8 @@ class Order:
         timeout: Seconds, above 0, that the reply may take, waiting included; None is no limit.
         max_queue: Most replies that may wait, at least 0, for this one to be taken.
         priority: `"batch"` where many replies were asked for at once.
-        partition: Name under which computed prompts may be shared with other replies.
+        partition: Name under which computed prompts may be shared with other replies, those of
+            the language model and those of the rewards; nothing is shared under an empty one.
         segment_size: Tokens drawn at once for an unguarded reply.
         streamed: Whether an unguarded reply is wanted token by token.
 
@@ -674,7 +675,10 @@ class Engine:
         row = Row(
             prefix=Prefix(order.prompt_ids, lane=order.priority, partition=order.partition),
             subject=Subject(
-                order.chat, vocabulary=order.language_model.vocabulary, lane=order.priority
+                order.chat,
+                vocabulary=order.language_model.vocabulary,
+                lane=order.priority,
+                partition=order.partition,
             ),
             policy=order.policy,
             sampling=order.sampling,

@@ -529,6 +529,33 @@ def test_the_report_of_a_reply_gives_its_seed(engine: Engine) -> None:
     assert text_of(engine, order(model, seed=reply.report.seed)) == text
 
 
+class Labelled(TableReward):
+    """Remembers the partitions and lanes of the replies that it judges."""
+
+    def __init__(self) -> None:
+        super().__init__({}, default=1.0)
+        self.seen: set[tuple[str, str]] = set()
+        score = self.scorer.score
+
+        def remembering(requests: Any) -> Any:
+            self.seen |= {(each.subject.partition, each.subject.lane) for each in requests}
+            return score(requests)
+
+        self.scorer.score = remembering  # type: ignore[method-assign]
+
+
+def test_rewards_are_told_whose_prompts_may_be_shared_and_that_a_question_is_nobodys(
+    engine: Engine,
+) -> None:
+    reward = Labelled()
+    guard = Policy(objective=reward, acceptance=Acceptance(schedule=Constant(1.0)))
+    model = ScriptedLanguageModel(endless)
+    text_of(engine, order(model, guard, partition="ann", priority="batch"))
+    text_of(engine, order(model, guard))
+    engine.judge(reward, [[{"role": "user", "content": "hi"}]])
+    assert reward.seen == {("ann", "batch"), ("", "interactive"), ("", "questions")}
+
+
 def test_a_hundred_policies_see_only_their_own_words(engine: Engine) -> None:
     """Each reply may hold its own canary and no other, and a table reward sees only that one."""
 

@@ -594,11 +594,12 @@ class Twin:
 
 
 def worst_difference(twin: Twin, asked: Sequence[ScoreRequest], answers: Any) -> float:
-    return max(
-        (twin.logits(twin.ids(request.subject, candidate)) - torch.tensor(raw)).abs().max().item()
+    differences = [
+        (twin.logits(twin.ids(request.subject, candidate)) - torch.tensor(raw)).abs().max()
         for request, of_request in zip(asked, answers, strict=True)
         for candidate, raw in zip(request.candidates, of_request, strict=True)
-    )
+    ]
+    return torch.stack(differences).max().item()  # NaN where one of them is
 
 
 class Replies:
@@ -1607,6 +1608,7 @@ def test_scores_are_the_same_on_every_device(
         ({"labels": {"good": 1.0}, "closed": True}, "`closed` must be"),
         ({"labels": {"good": 1.0}, "max_length": 0}, "`max_length` must be at least 1"),
         ({"labels": {"good": 1.0}, "max_tokens": 1}, "`max_tokens` must be at least 16"),
+        ({"labels": {"good": 1.0}, "prompt_bytes": -1}, "`prompt_bytes` must be at least 0"),
         ({"labels": {"good": 1.0}, "cost": math.nan}, "`cost` must be at least 0"),
         ({"labels": {"good": 1.0}, "dtype": "float33"}, "`dtype` must be"),
     ],
@@ -1622,6 +1624,315 @@ def test_settings_belong_to_the_scorer(reward_folder: Path) -> None:
     scorer = SequenceClassifier.shared(reward_folder)
     with pytest.raises(TypeError, match="closed: settings belong to the scorer"):
         SequenceReward(scorer, closed="never")
+
+
+# Classifiers: prompts that replies share
+
+
+SYSTEM = "You are kind, you bake bread, you know the stars, the weather and the train station."
+
+
+def shared_subject(
+    tokenizer: Any, *turns: str, partition: str = "one", lane: str = "one", system: str = SYSTEM
+) -> Subject:
+    roles = ("user", "assistant")
+    chat = [{"role": "system", "content": system}]
+    chat += [{"role": roles[at % 2], "content": turn} for at, turn in enumerate(turns)]
+    return Subject(chat, vocabulary=vocabulary_of(tokenizer), lane=lane, partition=partition)
+
+
+def first_request(subject: Subject, replies: Replies) -> ScoreRequest:
+    replies.subjects, replies.accepted = [subject], [()]
+    return replies.request(0)
+
+
+@pytest.mark.parametrize("family", KEEPING)
+def test_a_prompt_that_begins_like_another_of_its_partition_is_not_read_again(
+    family: str, make_folder: Callable[..., Path], tokenizer: Any
+) -> None:
+    folder = make_folder(family, num_labels=2, seed=3)
+    scorer, twin, replies = SequenceClassifier(folder), Twin(folder), Replies(tokenizer, 0)
+
+    def reused(*turns: str, partition: str = "one", finish: bool = True) -> tuple[int, int]:
+        """Tokens of the prompt that were not read, and those of the prompt."""
+        before = scorer.counters
+        subject = shared_subject(tokenizer, *turns, partition=partition)
+        asked = first_request(subject, replies)
+        assert worst_difference(twin, [asked], scorer.score([asked])) < TOLERANCE
+        if finish:
+            scorer.release(subject)
+        more = scorer.counters.reused_tokens - before.reused_tokens
+        length = len(encode_chat(tokenizer, subject.chat))
+        assert scorer.counters.prompt_tokens - before.prompt_tokens == length - more
+        return more, length
+
+    system = len(encode_chat(tokenizer, [{"role": "system", "content": SYSTEM}]))
+    system -= 1  # behind it comes another header
+    _, length = reused("Hello there")
+    assert reused("Hello there")[0] == length - 1  # all but the last, whose output is wanted
+    assert system <= reused("Could you bake?")[0] < length
+    assert reused("Hello there", partition="two")[0] == 0
+    assert reused("Hello there", partition="")[0] == 0
+    assert reused("Hello there", partition="")[0] == 0
+    # The thread goes on.
+    assert reused("Hello there", "the quick", "And then?")[0] >= length - 1
+    # A row that is still in use shares its prompt, too.
+    assert reused("The weather?", partition="three", finish=False)[0] == 0
+    assert reused("The weather?", partition="three")[0] > system
+
+
+def test_what_was_kept_of_a_reply_is_not_read_again_in_the_next_turn(
+    keeping: SequenceClassifier, tokenizer: Any, reward_folder: Path
+) -> None:
+    twin, replies = Twin(reward_folder), Replies(tokenizer, 0)
+    subject = shared_subject(tokenizer, "Hello there")
+    asked = first_request(subject, replies)
+    for _ in range(3):
+        keeping.score([asked])
+        replies.accepted[0] = asked.candidates[2].token_ids or ()
+        asked = replies.request(0)
+    keeping.score([asked])
+    keeping.release(subject)
+    reply = tokenizer.decode(replies.accepted[0])
+    assert tuple(tokenizer(reply)["input_ids"]) == replies.accepted[0]
+    asked = first_request(shared_subject(tokenizer, "Hello there", reply, "And then?"), replies)
+    assert worst_difference(twin, [asked], keeping.score([asked])) < TOLERANCE
+    known = len(encode_chat(tokenizer, subject.chat)) + len(tokenizer(reply)["input_ids"])
+    assert keeping.counters.reused_tokens == known
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["same_tokenizer", "other_tokenizer"])
+@pytest.mark.parametrize("seed", range(4))
+def test_whoever_shares_prompts_the_scores_are_those_of_the_plain_model(
+    seed: int, other: bool, make_folder: Callable[..., Path], tokenizer: Any
+) -> None:
+    """Threads of two partitions that begin alike, come, go on and leave, in a store too small."""
+    rng = random.Random(seed)
+    folder = make_folder("mistral", num_labels=1, other=other, seed=6)
+    scorer, twin = SequenceClassifier(folder, prompt_bytes=60_000), Twin(folder)
+    off = SequenceClassifier(folder, prompt_bytes=0)
+    replies = Replies(tokenizer, 0, seed=seed)
+
+    def thread() -> Subject:
+        turns = [" ".join(rng.choices(WORDS[:2], k=rng.randint(1, 3))) for _ in range(3)]
+        return shared_subject(
+            tokenizer,
+            *turns[: rng.choice([1, 3])],
+            partition=rng.choice(["one", "one", "two", ""]),
+            lane=rng.choice(["one", "two"]),
+            system=rng.choice([SYSTEM, SYSTEM[:-20], "Be brief."]),
+        )
+
+    for _ in range(16):
+        while len(replies.subjects) < 3:
+            replies.subjects.append(thread())
+            replies.accepted.append(())
+        asked = replies.requests()
+        answers, without = scorer.score(asked), off.score(asked)
+        assert worst_difference(twin, asked, answers) < TOLERANCE
+        assert worst_difference(twin, asked, without) < TOLERANCE
+        store = packed_of(scorer).prompts
+        assert store.num_bytes <= store.max_bytes
+        assert store.num_bytes == sum(
+            state.numel() * state.element_size()
+            for states in store._entries.values()
+            for state in states
+        )
+        replies.choose(asked)
+        if rng.random() < 0.6:
+            gone = rng.randrange(3)
+            scorer.release(replies.subjects.pop(gone))
+            del replies.accepted[gone]
+    assert scorer.counters.reused_tokens > 0
+    assert off.counters.reused_tokens == 0
+    assert packed_of(off).prompts.num_bytes == 0
+
+
+def test_without_a_store_every_prompt_is_read_exactly_once(
+    reward_folder: Path, tokenizer: Any
+) -> None:
+    scorer, replies = SequenceClassifier(reward_folder, prompt_bytes=0), Replies(tokenizer, 0)
+    read = 0
+    for _ in range(3):
+        subject = shared_subject(tokenizer, "Hello there")
+        read += len(encode_chat(tokenizer, subject.chat))
+        asked = first_request(subject, replies)
+        for _ in range(4):  # attempts
+            scorer.score([asked])
+            asked = replies.request(0)
+        scorer.release(subject)
+    assert (scorer.counters.prompt_tokens, scorer.counters.reused_tokens) == (read, 0)
+
+
+def test_the_smallest_prompts_and_those_too_large_for_the_store_are_not_stored(
+    reward_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = SequenceClassifier(reward_folder, prompt_bytes=10_000)
+    replies = Replies(tokenizer, 0)
+    taken: list[int] = []
+    take = RaggedCache.take
+
+    def counted(cache: RaggedCache, row: int, *, num_slots: int) -> Any:
+        taken.append(num_slots)
+        return take(cache, row, num_slots=num_slots)
+
+    monkeypatch.setattr(RaggedCache, "take", counted)
+    for text in ("a", "a", SYSTEM * 3, SYSTEM * 3):
+        subject = Subject([{"role": "user", "content": text}], partition="one")
+        scorer.score([first_request(subject, replies)])
+        scorer.release(subject)
+    assert taken == []  # not even copied
+    assert packed_of(scorer).prompts.num_bytes == 0
+
+
+def test_stored_prompts_are_given_up_before_anything_else(
+    keeping: SequenceClassifier,
+    tokenizer: Any,
+    reward_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    twin, replies = Twin(reward_folder), Replies(tokenizer, 0)
+    reader = packed_of(keeping)
+    body, resize = reader._body, RaggedCache.resize
+
+    def failing_once(function: Any) -> Any:
+        failures = [torch.OutOfMemoryError("made by the test")]
+
+        def fails(*arguments: Any, **keywords: Any) -> Any:
+            if failures:
+                raise failures.pop()
+            return function(*arguments, **keywords)
+
+        return fails
+
+    for target, name, function in ((reader, "_body", body), (RaggedCache, "resize", resize)):
+        waiting = shared_subject(tokenizer, "And I?", partition="two")
+        keeping.score([first_request(waiting, replies)])
+        subject = shared_subject(tokenizer, "Hello there")
+        asked = first_request(subject, replies)
+        before = keeping.counters
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, failing_once(function))
+            entries = len(reader.prompts._entries)
+            assert worst_difference(twin, [asked], keeping.score([asked])) < TOLERANCE
+        assert entries > 0
+        assert keeping.counters.backoffs == before.backoffs + 1
+        assert list(reader.prompts._entries)[0][0] == "one"  # the new one alone
+        assert len(reader.prompts._entries) == 1
+        assert reader._max_tokens == 4096  # nothing else gave way
+        assert reader.num_rows == 2
+        keeping.release(waiting)
+        keeping.release(subject)
+
+
+def test_a_prompt_that_finds_no_memory_is_not_stored_and_its_row_is_freed(
+    keeping: SequenceClassifier,
+    tokenizer: Any,
+    reward_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    twin, replies = Twin(reward_folder), Replies(tokenizer, 0)
+    subject = shared_subject(tokenizer, "Hello there")
+    asked = first_request(subject, replies)
+
+    def take(*arguments: Any, **keywords: Any) -> Any:
+        raise torch.OutOfMemoryError("made by the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RaggedCache, "take", take)
+        assert worst_difference(twin, [asked], keeping.score([asked])) < TOLERANCE
+        keeping.release(subject)
+    assert packed_of(keeping).num_rows == 0
+    assert packed_of(keeping).prompts.num_bytes == 0
+    assert keeping.counters.backoffs == 2
+
+
+# Classifiers: what is not finite
+
+
+@pytest.fixture
+def broken_token(keeping: SequenceClassifier, tokenizer: Any) -> Any:
+    """A token whose embedding is not a number, until it is called."""
+    (token,) = tokenizer("?")["input_ids"]
+    assert keeping._loaded is not None
+    embedding = keeping._loaded.model.get_input_embeddings().weight[token]
+    healthy = embedding.clone()
+
+    def heal() -> None:
+        embedding.copy_(healthy)
+
+    embedding.fill_(math.nan)
+    heal.token = token  # type: ignore[attr-defined]
+    return heal
+
+
+def test_a_candidate_without_finite_logits_leaves_no_trace(
+    keeping: SequenceClassifier, tokenizer: Any, reward_folder: Path, broken_token: Any
+) -> None:
+    twin, replies = Twin(reward_folder), Replies(tokenizer, 0)
+    replies.subjects = [
+        shared_subject(tokenizer, "Hello there", partition="one"),
+        shared_subject(tokenizer, "And I, fox", partition="two", system="Be brief."),
+    ]
+    replies.accepted = [(), ()]
+    fox, dog = (tuple(tokenizer(text)["input_ids"]) for text in (" fox", " lazy dog"))
+    for _ in range(2):
+        kept = replies.accepted[0]
+        candidates = [(*kept, *fox), (*kept, broken_token.token, *fox), (*kept, *dog)]
+        asked = [
+            ScoreRequest(
+                subject=replies.subjects[0],
+                accepted=replies.completion(kept),
+                candidates=tuple(map(replies.completion, candidates)),
+            ),
+            replies.request(1),
+        ]
+        answers = keeping.score(asked)
+        assert math.isnan(answers[0][1][0])
+        answers[0].pop(1)
+        asked[0] = ScoreRequest(
+            subject=replies.subjects[0],
+            accepted=replies.completion(kept),
+            candidates=(replies.completion(candidates[0]), replies.completion(candidates[2])),
+        )
+        assert worst_difference(twin, asked, answers) < TOLERANCE
+        replies.accepted[0] = (*kept, *dog)
+    # Nor where a candidate of the row is the last that was read of it.
+    broken = ScoreRequest(
+        subject=replies.subjects[0],
+        accepted=replies.completion(replies.accepted[0]),
+        candidates=(replies.completion((*replies.accepted[0], broken_token.token)),),
+    )
+    assert math.isnan(keeping.score([broken])[0][0][0])
+    asked = replies.requests()
+    assert worst_difference(twin, asked, keeping.score(asked)) < TOLERANCE
+    # Nor in the row that somebody shorter takes over, read beside somebody longer.
+    assert math.isnan(keeping.score([broken])[0][0][0])
+    keeping.release(replies.subjects[0])
+    long = shared_subject(tokenizer, "Hello you, fox, dog and everybody else", partition="")
+    replies.subjects[0], replies.accepted[0] = long, ()
+    asked, before = replies.requests(), keeping.counters.prompt_tokens
+    assert worst_difference(twin, asked, keeping.score(asked)) < TOLERANCE
+    assert keeping.counters.prompt_tokens - before == len(encode_chat(tokenizer, long.chat))
+    stored = packed_of(keeping).prompts._entries.values()
+    assert stored
+    assert all(bool(state.isfinite().all()) for states in stored for state in states)
+
+
+def test_a_prompt_without_finite_logits_is_never_stored(
+    keeping: SequenceClassifier, tokenizer: Any, reward_folder: Path, broken_token: Any
+) -> None:
+    twin, replies = Twin(reward_folder), Replies(tokenizer, 0)
+    store = packed_of(keeping).prompts
+    subject = shared_subject(tokenizer, "Hello? And then")
+    for _ in range(2):
+        asked = first_request(subject, replies)
+        assert all(math.isnan(value) for (value,) in keeping.score([asked])[0])
+        keeping.release(subject)
+        assert store.num_bytes == 0
+    broken_token()
+    assert worst_difference(twin, [asked], keeping.score([asked])) < TOLERANCE
+    assert store.num_bytes > 0
 
 
 # Classifiers: loading

@@ -38,14 +38,24 @@ class Subject:
         chat: Messages of the thread, the last one usually the user's.
         vocabulary: Fingerprint of the tokenizer of the token ids of its completions.
         lane: Replies of one lane are judged together.
+        partition: Name under which what is computed for its prompt may be shared with other
+            replies; nothing is shared under an empty one.
     """
 
-    __slots__ = ("__weakref__", "chat", "lane", "vocabulary")
+    __slots__ = ("__weakref__", "chat", "lane", "partition", "vocabulary")
 
-    def __init__(self, chat: Chat, *, vocabulary: str = "", lane: str = "interactive") -> None:
+    def __init__(
+        self,
+        chat: Chat,
+        *,
+        vocabulary: str = "",
+        lane: str = "interactive",
+        partition: str = "",
+    ) -> None:
         self.chat = tuple(chat)
         self.vocabulary = vocabulary
         self.lane = lane
+        self.partition = partition
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -314,6 +314,9 @@ class SequenceClassifier(Scorer):
         max_length: Most tokens that it can read; what its tokenizer and configuration say if not
             given.
         max_tokens: Most tokens of a forward pass, padding included, at least 16.
+        prompt_bytes: Most memory, at least 0, for prompts that later replies may begin with; 0
+            keeps none. Only replies of a named partition share (see `Subject`), and only with
+            those of the same. A model that reads every text anew keeps none.
         cost: What a token costs, relative to one of the language model, at least 0.
 
     Attributes:
@@ -343,6 +346,7 @@ class SequenceClassifier(Scorer):
         windows: bool = False,
         max_length: int | None = None,
         max_tokens: int = 4096,
+        prompt_bytes: int = 1 << 28,
         cost: float = 0.125,
     ) -> None:
         if view not in (None, "chat", "pair", "hh", "reply"):
@@ -353,6 +357,8 @@ class SequenceClassifier(Scorer):
             raise ValueError(f"`max_length` must be at least 1, got {max_length}")
         if max_tokens < 16:
             raise ValueError(f"`max_tokens` must be at least 16, got {max_tokens}")
+        if prompt_bytes < 0:
+            raise ValueError(f"`prompt_bytes` must be at least 0, got {prompt_bytes}")
         if not cost >= 0:
             raise ValueError(f"`cost` must be at least 0, got {cost}")
         if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -374,6 +380,7 @@ class SequenceClassifier(Scorer):
         self._windows = windows
         self._max_length = max_length
         self._max_tokens = max_tokens
+        self._prompt_bytes = prompt_bytes
         self._cost = cost
         self._lock = threading.RLock()
         self._loaded: _Loaded | None = None
@@ -450,7 +457,9 @@ class SequenceClassifier(Scorer):
                     )
                 self.view = writer.view
                 if loaded.keeps and not self._windows:
-                    self._runner = _KeepingRunner(loaded, writer, self._max_tokens)
+                    self._runner = _KeepingRunner(
+                        loaded, writer, self._max_tokens, self._prompt_bytes
+                    )
                 else:
                     self._runner = _Runner(loaded, writer, self._max_tokens, self._windows)
 
@@ -467,7 +476,7 @@ class SequenceClassifier(Scorer):
                 return self._runner.score(requests)
 
     def release(self, subject: Subject) -> None:
-        """Drop what was read of a reply."""
+        """Drop what was read of a reply; others of its partition may begin with it."""
         if self._runner is None:  # said without the lock, which is held while it is loaded
             return
         with self._lock, torch.inference_mode():
@@ -782,7 +791,7 @@ def _windows_of(config: Any) -> dict[str, int | None]:
     return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
 
 
-def _packed(loaded: _Loaded, max_tokens: int) -> PackedModel:
+def _packed(loaded: _Loaded, max_tokens: int, prompt_bytes: int = 0) -> PackedModel:
     model, config = loaded.model, loaded.model.config
     return PackedModel(
         model.base_model,
@@ -792,6 +801,7 @@ def _packed(loaded: _Loaded, max_tokens: int) -> PackedModel:
         pad_token_id=config.pad_token_id,
         device=model.device,
         max_tokens=max_tokens,
+        prompt_bytes=prompt_bytes,
     )
 
 
@@ -1264,9 +1274,11 @@ class _Runner:
 class _KeepingRunner(_Runner):
     """Keeps what it has read of every reply, and reads the candidates of a round at once."""
 
-    def __init__(self, loaded: _Loaded, writer: _Writer, max_tokens: int) -> None:
+    def __init__(
+        self, loaded: _Loaded, writer: _Writer, max_tokens: int, prompt_bytes: int
+    ) -> None:
         super().__init__(loaded, writer, max_tokens)
-        self._packed = _packed(loaded, max_tokens)
+        self._packed = _packed(loaded, max_tokens, prompt_bytes)
         self.counters = self._packed.counters
 
     def _batches(self) -> bool:
@@ -1315,6 +1327,7 @@ class _KeepingRunner(_Runner):
                         prompt_ids=prompt.all_ids,
                         accepted_ids=accepted,
                         candidates=fitting,
+                        partition=request.subject.partition,
                     )
                 )
         outputs = [output for of_reading in self._packed.read(readings) for output in of_reading]

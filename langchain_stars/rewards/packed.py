@@ -9,12 +9,13 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from langchain_stars.prompts import PromptStore
 from langchain_stars.ragged_cache import RaggedCache, tree_mask
 
 _log = logging.getLogger(__name__)
@@ -30,13 +31,15 @@ class Counters:
 
     Attributes:
         prompt_tokens: Tokens of prompts.
+        reused_tokens: Tokens of prompts that were found read for another reply.
         candidate_tokens: Tokens of candidates, with those that close a finished one.
         refed_tokens: Accepted tokens that had to be read again, as candidates they were not.
         forwards: Forward passes.
-        backoffs: How often memory ended and less was read at once.
+        backoffs: How often memory ended, and less was read at once or stored.
     """
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     candidate_tokens: int = 0
     refed_tokens: int = 0
     forwards: int = 0
@@ -53,6 +56,7 @@ class Reading:
         prompt_ids: The prompt; always the same for a reply.
         accepted_ids: What has been kept of the reply.
         candidates: The ids of each candidate, from the reply's first token on.
+        partition: Name under which what is read may be shared with other replies; none shares.
     """
 
     subject: object
@@ -60,6 +64,7 @@ class Reading:
     prompt_ids: Sequence[int]
     accepted_ids: Sequence[int]
     candidates: Sequence[Sequence[int]]
+    partition: str = ""
 
 
 @dataclass(slots=True)
@@ -85,7 +90,8 @@ class _Row:
 
     Attributes:
         index: Row of the buffers.
-        num_prompt: Tokens of the prompt.
+        prompt_ids: Tokens of the prompt.
+        partition: Name under which they and those of the reply may be shared.
         prompt_output: Output at the last token of the prompt that is no padding, [outputs]; None
             where there is no prompt.
         ids: Tokens of the reply that fill the slots behind the prompt.
@@ -95,11 +101,17 @@ class _Row:
 
     index: int
     subject: "weakref.ref[object]"
-    num_prompt: int = 0
+    prompt_ids: tuple[int, ...] = ()
+    partition: str = ""
     prompt_output: Tensor | None = None
     ids: tuple[int, ...] = ()
     outputs: Tensor | None = None
     branches: list[_Branch] = field(default_factory=list)
+
+    @property
+    def num_prompt(self) -> int:
+        """Number of tokens of the prompt."""
+        return len(self.prompt_ids)
 
     @property
     def end(self) -> int:
@@ -123,7 +135,8 @@ class _Plan:
 
     Attributes:
         row: The row.
-        prompt_ids: Its prompt, where that has not been read.
+        prompt_ids: What must be read of its prompt.
+        stored: Keys and values of what stands before that, where it is known from another reply.
         kept: Tokens that the row holds when the plan has been carried out.
         num_known: How many of those it holds before.
         branches: Depth, own tokens and first slot of each candidate, in order.
@@ -134,10 +147,16 @@ class _Plan:
     prompt_ids: tuple[int, ...]
     kept: tuple[int, ...]
     num_known: int
+    stored: list[Tensor] = field(default_factory=list)
     branches: list[tuple[int, tuple[int, ...], int]] = field(default_factory=list)
     runs: list[_Run] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     num_done: int = 0
+
+    @property
+    def finite(self) -> bool:
+        """Whether the model's output at everything fed is a number."""
+        return all(bool(outputs.isfinite().all()) for outputs in self.outputs)
 
     @property
     def num_tokens(self) -> int:
@@ -204,6 +223,11 @@ class PackedModel:
             looks for the last token of a text.
         device: Device of the model.
         max_tokens: Most tokens of a forward pass, padding included.
+        prompt_bytes: Most memory for prompts that later replies may begin with; 0 keeps none.
+
+    Attributes:
+        counters: What was computed.
+        prompts: What is kept for later replies.
     """
 
     def __init__(
@@ -216,6 +240,7 @@ class PackedModel:
         pad_token_id: int | None,
         device: torch.device,
         max_tokens: int = 4096,
+        prompt_bytes: int = 0,
     ) -> None:
         self._body = body
         self._head = head
@@ -226,6 +251,7 @@ class PackedModel:
         self._max_tokens = max(max_tokens, _LEAST_TOKENS)
         self._lanes: dict[str, _Lane] = {}
         self.counters = Counters()
+        self.prompts = PromptStore(prompt_bytes)
 
     @property
     def num_rows(self) -> int:
@@ -234,7 +260,7 @@ class PackedModel:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of keys and values."""
+        """Bytes of keys and values of replies; those of stored prompts are `prompts.num_bytes`."""
         return sum(lane.cache.num_bytes for lane in self._lanes.values())
 
     def read(self, readings: Sequence[Reading]) -> list[list[Tensor]]:
@@ -260,16 +286,23 @@ class PackedModel:
         return [results[index] for index in range(len(readings))]
 
     def _read_within_memory(self, readings: Sequence[Reading]) -> list[list[Tensor]]:
-        """Read; where memory ends, forget everything else, and then read half of them at a time."""
+        """Read; where memory ends, do with less of it.
+
+        Stored prompts are given up first, then all other replies, and then half of these are read
+        at a time.
+        """
         others = self.num_rows - sum(self._has(reading) for reading in readings)
         try:
             return self._read(readings)
         except BaseException as error:
             for reading in readings:
-                self.release(reading.subject)
-            if not out_of_memory(error) or (len(readings) == 1 and others == 0):
+                self._forget(reading.subject)
+            may_spare = bool(self.prompts.num_bytes or others or len(readings) > 1)
+            if not out_of_memory(error) or not may_spare:
                 raise
         # Out here the failed pass and all that it held are gone.
+        if self._spares():
+            return self._read_within_memory(readings)
         self._backs_off()
         self.clear()
         half = (len(readings) + 1) // 2
@@ -284,6 +317,14 @@ class PackedModel:
         lane = self._lanes.get(reading.lane)
         return lane is not None and reading.subject in lane.of_subject
 
+    def _spares(self) -> bool:
+        """Drop the stored prompts; return whether there were any."""
+        held = self.prompts.num_bytes > 0
+        if held:
+            self.prompts.clear()
+            self._backs_off()
+        return held
+
     def _backs_off(self) -> None:
         self.counters.backoffs += 1
         if self._device.type == "cuda":
@@ -297,10 +338,30 @@ class PackedModel:
         if moves:
             lane.cache.move(*torch.tensor(moves, device=self._device).T)
         self._feed(lane, plans)
-        return [self._finish(plan) for plan in plans]
+        results = [self._finish(plan) for plan in plans]
+        for index, plan in enumerate(plans):
+            if not plan.finite:
+                # Through a mask, too, what is not finite reaches every later token of its row.
+                lane.cache.clear_row(plan.row.index)
+                self._forget(readings[index].subject)
+            elif len(plan.prompt_ids) > 1:
+                self._store(lane, plan.row, plan.row.prompt_ids)
+        for index, (plan, reading) in enumerate(zip(plans, readings, strict=True)):
+            if not plan.finite and len(reading.candidates) > 1:  # so each is read by itself
+                alone = [replace(reading, candidates=[ids]) for ids in reading.candidates]
+                results[index] = [self._read([each])[0][0] for each in alone]
+        return results
 
     def release(self, subject: object) -> None:
-        """Drop what was read of a reply."""
+        """Drop what was read of a reply; another one of its partition may begin with it."""
+        for lane in self._lanes.values():
+            row = lane.of_subject.get(subject)
+            if row is not None and row.prompt_output is not None:
+                self._store(lane, row, row.prompt_ids + row.ids)
+        self._forget(subject)
+
+    def _forget(self, subject: object) -> None:
+        """Drop what was read of a reply, and store nothing of it."""
         for name, lane in list(self._lanes.items()):
             row = lane.of_subject.get(subject)
             if row is not None:
@@ -309,18 +370,48 @@ class PackedModel:
                 del self._lanes[name]
 
     def clear(self) -> None:
-        """Drop everything that was read."""
+        """Drop everything that was read, but for what is stored."""
         self._lanes.clear()
+
+    # What is shared
+
+    def _store(self, lane: _Lane, row: _Row, ids: tuple[int, ...]) -> None:
+        """Store what the first slots of a row hold, if that is allowed, new, finite and fits."""
+        cache = lane.cache
+        size = cache.num_bytes // max(cache.num_rows * cache.num_slots, 1)
+        if size * len(ids) > self.prompts.max_bytes or not self.prompts.wants(row.partition, ids):
+            return
+        try:
+            states = cache.take(row.index, num_slots=len(ids))
+            finite = all(bool(state.isfinite().all()) for state in states)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            self.counters.backoffs += 1  # what is not stored is only read again
+            return
+        if finite:
+            self.prompts.put(row.partition, ids, states)
+
+    def _recall(self, partition: str, ids: tuple[int, ...]) -> tuple[int, list[Tensor]]:
+        """Return how many of a prompt's tokens need not be read, and their keys and values."""
+        # The last one that is no padding is read, for the output there.
+        wanted = ids[: max(self._last(ids), 0)]
+        if not partition or not wanted:
+            return 0, []
+        return self.prompts.find(partition, wanted)
 
     # What is fed
 
     def _plan(self, lane: _Lane, reading: Reading, moves: list[tuple[int, int, int]]) -> _Plan:
         row = lane.of_subject.get(reading.subject)
         prompt_ids: tuple[int, ...] = ()
+        stored: list[Tensor] = []
         if row is None:
             row = lane.add(reading.subject)
-            prompt_ids = tuple(reading.prompt_ids)
-            row.num_prompt = len(prompt_ids)
+            row.prompt_ids = tuple(reading.prompt_ids)
+            row.partition = reading.partition
+            num_stored, stored = self._recall(reading.partition, row.prompt_ids)
+            prompt_ids = row.prompt_ids[num_stored:]
         num_prompt = row.num_prompt
         candidates = [tuple(ids) for ids in reading.candidates]
         accepted = tuple(reading.accepted_ids)
@@ -329,9 +420,10 @@ class PackedModel:
         longest = max((_common(accepted, ids) for ids in candidates), default=0)
         kept = accepted[:longest]
         num_known = self._keep(row, kept, moves)
-        plan = _Plan(row=row, prompt_ids=prompt_ids, kept=kept, num_known=num_known)
+        plan = _Plan(row=row, prompt_ids=prompt_ids, kept=kept, num_known=num_known, stored=stored)
         if prompt_ids:
-            plan.runs.append(_Run(prompt_ids, 0, 0))
+            begin = num_prompt - len(prompt_ids)
+            plan.runs.append(_Run(prompt_ids, begin, begin))
         if len(kept) > num_known:
             row.branches.clear()
             begin = num_prompt + num_known
@@ -384,6 +476,12 @@ class PackedModel:
 
     def _feed(self, lane: _Lane, plans: Sequence[_Plan]) -> None:
         lane.make_room(max(plan.end for plan in plans))
+        for plan in plans:
+            if plan.stored:
+                count = plan.row.num_prompt - len(plan.prompt_ids)
+                lane.cache.put(plan.row.index, plan.stored, num_slots=count)
+                plan.stored = []
+                self.counters.reused_tokens += count
         pending = sorted((plan for plan in plans if plan.runs), key=lambda plan: plan.row.index)
         queries = {id(plan): self._queries(plan) for plan in pending}
         while pending:
@@ -397,10 +495,13 @@ class PackedModel:
             try:
                 self._forward(lane, group, [queries[id(plan)] for plan in group], width)
             except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error) or self._max_tokens <= _LEAST_TOKENS:
+                may_spare = self.prompts.num_bytes > 0 or self._max_tokens > _LEAST_TOKENS
+                if not out_of_memory(error) or not may_spare:
                     raise
             else:
                 pending = [plan for plan in pending if plan.num_done < plan.num_tokens]
+                continue
+            if self._spares():
                 continue
             self._max_tokens = max(self._max_tokens // 2, _LEAST_TOKENS)
             self._backs_off()
