@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import is_accelerate_available, is_peft_available
+from transformers.utils.import_utils import is_accelerate_available, is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 _LEAST_WEIGHTS = 1 << 17

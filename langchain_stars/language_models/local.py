@@ -434,8 +434,8 @@ class LocalLanguageModel(LanguageModel):
         if self._given is not None:
             for parameter_name, parameter in self._given.state_dict().items():
                 digest.update(f"{parameter_name}{tuple(parameter.shape)}".encode())
-                for part in _plain_parts(parameter):
-                    sample = part.flatten()[:: max(1, part.numel() // 64)]
+                for tensor in _plain_parts(parameter):
+                    sample = tensor.flatten()[:: max(1, tensor.numel() // 64)]
                     digest.update(repr(sample.float().tolist()).encode())
         elif folder.is_dir():
             _digest_folder(digest, folder)
