@@ -19,11 +19,20 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, TypeAlias
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils.hub import cached_file
 
-from langchain_stars.packing import can_pack, pack
+from langchain_stars.packing import (
+    base_of,
+    can_pack,
+    input_device,
+    is_quantised,
+    pack,
+    placed,
+)
 from langchain_stars.ragged_cache import ATTENTION
 from langchain_stars.rewards.base import (
     Chat,
@@ -293,12 +302,13 @@ class SequenceClassifier(Scorer):
     too long is answered with NaN, which rejects it, unless `windows` are asked for.
 
     Args:
-        model: Hub id or folder.
+        model: Hub id or folder, of an adapter of PEFT too; a quantised checkpoint loads as it does
+            in transformers.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether code that comes with the checkpoint may run.
         device: Device of torch; the first GPU if there is one and none is given.
-        dtype: Type of the weights, as in `"bfloat16"`. If not given, the checkpoint's, and on a CPU
-            float32: most CPUs are slower in shorter types.
+        dtype: Type of the weights, as in `"bfloat16"`, or of torch. If not given, the checkpoint's,
+            and on a CPU float32: most CPUs are slower in shorter types.
         device_map: As in transformers, to spread a large model; then `device` is left to it.
         quantization_config: As in transformers, for a model that is quantised when it is loaded.
         chat_template: Used instead of the tokenizer's.
@@ -336,8 +346,8 @@ class SequenceClassifier(Scorer):
         *,
         revision: str | None = None,
         trust_remote_code: bool = False,
-        device: str | None = None,
-        dtype: str | None = None,
+        device: "str | torch.device | None" = None,
+        dtype: "str | torch.dtype | None" = None,
         device_map: Any = None,
         quantization_config: Any = None,
         chat_template: str | None = None,
@@ -361,12 +371,14 @@ class SequenceClassifier(Scorer):
             raise ValueError(f"`prompt_bytes` must be at least 0, got {prompt_bytes}")
         if not cost >= 0:
             raise ValueError(f"`cost` must be at least 0, got {cost}")
+        if isinstance(dtype, torch.dtype):
+            dtype = str(dtype).removeprefix("torch.")
         if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"`dtype` must be the name of a type of torch, got {dtype!r}")
         self.name = os.fspath(model)
         self.view = self._given_view = view
         self.closed = closed
-        self._device = device or _default_device()
+        self._device = str(device or _default_device())
         self._source = _Source(
             self.name,
             revision=revision,
@@ -522,6 +534,7 @@ class _Source:
         self._dtype = dtype
         self._quantization_config = quantization_config
         self._lock = threading.Lock()
+        self._base: str | None = None
         self._config: Any = None
         self._identity: dict[str, Any] | None = None
 
@@ -535,12 +548,20 @@ class _Source:
         loading = (self.device, self._dtype, repr(self.device_map), repr(self._quantization_config))
         return (self.model, self._revision, self._trust_remote_code, *loading)
 
-    def read(self, kind: Any, **arguments: Any) -> Any:
+    @property
+    def base(self) -> str:
+        """What an adapter was made for; else the model itself."""
+        if self._base is None:
+            self._base = base_of(self.model, revision=self._revision)
+        return self._base
+
+    def read(self, kind: Any, name: str | None = None, **arguments: Any) -> Any:
         """Read a part of the checkpoint; say what to do where it cannot be read."""
+        name = name or self.model
         try:
             return kind.from_pretrained(
-                self.model,
-                revision=self._revision,
+                name,
+                revision=self._revision if name == self.model else None,
                 trust_remote_code=self._trust_remote_code,
                 **arguments,
             )
@@ -556,18 +577,53 @@ class _Source:
         """Read the model; return it, and what its checkpoint lacked."""
         if self.device_map is not None:
             arguments["device_map"] = self.device_map
+        elif self._quantization_config is not None or is_quantised(self.config):
+            arguments |= placed(self.device)
         if self._quantization_config is not None:
             arguments["quantization_config"] = self._quantization_config
+        adapted = self.base != self.model
         model, info = self.read(
             AutoModelForSequenceClassification,
+            self.base,
+            **({"config": self.config} if adapted else {}),
             dtype=self.dtype,
             use_safetensors=True,
             output_loading_info=True,
             **arguments,
         )
-        if self.device_map is None and getattr(model, "quantization_method", None) is None:
+        if adapted:
+            revision = {"revision": self._revision}
+            lacking = model.load_adapter(self.model, adapter_kwargs=revision).missing_keys
+            # What the base lacks, such as its head, an adapter may bring.
+            own = {key for key in info["missing_keys"] if key in dict(model.named_parameters())}
+            info = {**info, "missing_keys": own | set(lacking)}
+        if self.device_map is None and not is_quantised(model):
             model = model.to(self.device)
         return model, info
+
+    def read_tokenizer(self) -> Any:
+        """Read the tokenizer: an adapter's own where it has one."""
+        has_one = self.base == self.model or (Path(self.model) / "tokenizer_config.json").is_file()
+        return self.read(AutoTokenizer, None if has_one else self.base)
+
+    def _num_labels(self) -> int | None:
+        """Return how many labels the head of an adapter has; None where it brings none."""
+        if self.base == self.model:
+            return None
+        settings, weights = (
+            cached_file(self.model, name, revision=self._revision)
+            for name in ("adapter_config.json", "adapter_model.safetensors")
+        )
+        assert settings is not None  # what is not there is an error
+        heads = json.loads(Path(settings).read_text()).get("modules_to_save") or ()
+        with safe_open(weights, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        sizes = (
+            shape[0]
+            for key, shape in shapes.items()
+            if len(shape) == 2 and any(f".{head}." in key for head in heads)
+        )
+        return min(sizes, default=None)
 
     @property
     def dtype(self) -> str:
@@ -581,7 +637,9 @@ class _Source:
         """The configuration of the model."""
         with self._lock:
             if self._config is None:
-                self._config = self.read(AutoConfig)
+                labels = self._num_labels()
+                settings = {} if labels is None else {"num_labels": labels}
+                self._config = self.read(AutoConfig, self.base, **settings)
             return self._config
 
     @property
@@ -591,6 +649,9 @@ class _Source:
             folder = Path(self.model)
             if folder.is_dir():
                 of_source: dict[str, Any] = {"name": folder.name, "digest": _digest(folder)}
+                if self.base != self.model:
+                    base = Path(self.base)
+                    of_source["base"] = _digest(base) if base.is_dir() else self.base
             else:
                 commit = getattr(self.config, "_commit_hash", None)
                 of_source = {"name": self.model, "revision": commit or self._revision}
@@ -718,7 +779,7 @@ def _load_anew(source: _Source) -> _Loaded:
         raise ValueError(
             f"{source.model} is no classifier: its checkpoint has no {', '.join(missing[:3])}"
         )
-    tokenizer = source.read(AutoTokenizer)
+    tokenizer = source.read_tokenizer()
     model = model.eval().requires_grad_(False)
     if can_pack(model):
         pack(model)
@@ -752,7 +813,7 @@ def _encodes(model: Any) -> bool:
     try:
         with torch.inference_mode():
             one, other = (
-                model.base_model(torch.tensor([text], device=model.device))[0][0, 0].float()
+                model.base_model(torch.tensor([text], device=input_device(model)))[0][0, 0].float()
                 for text in texts
             )
         scale, difference = one.abs().max().item(), (one - other).abs().max().item()
@@ -799,7 +860,7 @@ def _packed(loaded: _Loaded, max_tokens: int, prompt_bytes: int = 0) -> PackedMo
         num_layers=config.num_hidden_layers,
         windows=_windows_of(config),
         pad_token_id=config.pad_token_id,
-        device=model.device,
+        device=input_device(model),
         max_tokens=max_tokens,
         prompt_bytes=prompt_bytes,
     )
@@ -851,8 +912,8 @@ def _difference(loaded: _Loaded) -> float:
                     prompts, candidates, outputs, strict=True
                 ):
                     for ids, output in zip(of_candidates, of_outputs, strict=True):
-                        plain = model(torch.tensor([prompt + ids], device=model.device)).logits[0]
-                        plain = plain.float().cpu()
+                        alone = torch.tensor([prompt + ids], device=input_device(model))
+                        plain = model(alone).logits[0].float().cpu()
                         scale = max(1.0, plain.abs().max().item())
                         greatest = max(greatest, (plain - output).abs().max().item() / scale)
     except Exception as error:  # whatever a family does that was not foreseen: it recomputes
@@ -1224,7 +1285,8 @@ class _Runner:
         inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": seen}
         if self._writer.types is not None:
             inputs["token_type_ids"] = types
-        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        device = input_device(model)
+        inputs = {name: value.to(device) for name, value in inputs.items()}
         self.counters.forwards += 1
         return [tuple(of_text) for of_text in model(**inputs).logits.float().cpu().tolist()]
 
