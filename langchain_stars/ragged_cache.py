@@ -203,6 +203,15 @@ class RaggedCache(Cache):
             for buffer in layer.buffers:
                 buffer[row] = 0
 
+    def is_finite(self, row: int) -> bool:
+        """Whether a row holds nothing but finite numbers."""
+        sums = (
+            buffer[row].sum(dtype=torch.float32)
+            for layer in self._layers
+            for buffer in layer.buffers
+        )
+        return all(bool(total.isfinite()) for total in sums)
+
     def swap_rows(self, one: int, other: int, *, num_slots: int) -> None:
         """Exchange the first slots of two rows."""
         for layer in self._layers:

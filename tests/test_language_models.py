@@ -384,11 +384,14 @@ def test_every_attention_draws_the_same(load: Callable[..., LocalLanguageModel])
 def test_masks_hide_what_the_definition_hides() -> None:
     lengths, branches, steps = [3, 11, 0], 2, 7
     windows = {"full_attention": None, "sliding_attention": 4}
-    settings: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
-    tree = TreeMask(windows, lengths, branches, steps, **settings)
     limit = max(lengths) + branches * steps
+    held = torch.ones(3, dtype=torch.long)
+    tree = TreeMask(windows, held, branches, limit, dtype=torch.float32)
+    tree.advance()
+    held.copy_(torch.tensor(lengths))
+    tree.begin()
     for step in range(steps):
-        tree.advance(step)
+        tree.advance()
         masks = tree.read(0, 3, limit)
         assert isinstance(masks, dict)
         for kind, window in windows.items():
@@ -404,7 +407,7 @@ def test_masks_hide_what_the_definition_hides() -> None:
                     }
                     got = (masks[kind][row, 0, branch] == 0).nonzero().flatten().tolist()
                     assert set(got) == seen
-    masks = causal_masks(windows, [2, 0], 3, 6, **settings)
+    masks = causal_masks(windows, torch.tensor([2, 0]), 3, 6, dtype=torch.float32)
     assert isinstance(masks, dict)
     assert (masks["full_attention"][0, 0, 1] == 0).tolist() == [True] * 4 + [False] * 2
     assert (masks["sliding_attention"][0, 0, 2] == 0).tolist() == [False] + [True] * 4 + [False]
@@ -779,7 +782,7 @@ def test_a_prefix_is_asked_for_once_a_round(load: Callable[..., LocalLanguageMod
 def test_the_time_of_a_round_is_measured_and_kept(load: Callable[..., LocalLanguageModel]) -> None:
     language_model = load()
     assert 0 < language_model.round_seconds(1, 1, 4) < 1
-    table = language_model._weights().seconds["ragged"]
+    table = language_model._weights().seconds["ragged", "eager"]
     table.clear()
     table.update({1: 1.0, 2: 3.0, 4: 3.0, 8: 5.0})
     assert language_model.round_seconds(1, 1, 4) == 4.0

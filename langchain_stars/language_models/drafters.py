@@ -6,24 +6,37 @@ Knows networks, prefixes and rounds; nothing of text, of folders or of rewards.
 
 import copy
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 
-from langchain_stars.language_models.base import Candidate, Drafting, Prefix, Request
+from langchain_stars.language_models.base import (
+    Candidate,
+    Drafting,
+    Prefix,
+    Request,
+    Sampling,
+)
 from langchain_stars.language_models.masks import TreeMask, causal_masks
-from langchain_stars.language_models.sampling import Sampler
+from langchain_stars.language_models.network import Network
+from langchain_stars.language_models.sampling import Sampler, Warpers
+from langchain_stars.language_models.steps import Feeding, Runner, Shape, Stage
+from langchain_stars.packing import to_device
 from langchain_stars.prompts import PromptStore, num_common
 from langchain_stars.ragged_cache import RaggedCache
 from langchain_stars.randomness import drafting_uniforms
 
 _BUCKET = 256
-_STEPS_BETWEEN_LOOKS = 8
+_STEPS_BETWEEN_LOOKS = 16
 _TIMED_SLOTS = 64
+_MOST_STAGES = 32
+
+_Staged = TypeVar("_Staged", Stage, Feeding)
 
 
 @dataclass(slots=True)
@@ -63,131 +76,34 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-@dataclass(slots=True, kw_only=True)
-class Network:
-    """A loaded model and what drafting must know of it.
+class _Draws:
+    """The tokens of a round in the making, and what the host knows of them.
 
     Attributes:
-        model: The model of transformers.
-        device: Where token ids go and logits come from.
-        dtype: Of attention masks.
-        num_layers: Layers with keys and values.
-        windows: Kinds of attention layers, and their sliding windows.
-        maskless: Whether one query without a mask sees all slots that it is given.
-        keeps: Whether the model can be told for which positions logits are wanted.
-        context_length: Most tokens of a sequence.
-        ends: Which token ids end a reply, [vocab].
-        hidden: Which token ids are never drafted, [vocab].
-        cache_name: What the model calls its own cache.
-        chunk: Most tokens of a prompt in one forward pass.
+        requests: What is asked for, a row each.
+        counts: Candidates of each row.
+        sizes: Most tokens of a candidate of each row.
+        steps: Most steps of the round.
+        step: How many there have been.
+        drawn: What was drawn, [rows, branches or more, steps or more]; -1 where logits were not
+            finite.
+        ended: Which branches want no more, [rows, branches or more].
     """
 
-    model: Any
-    device: torch.device
-    dtype: torch.dtype
-    num_layers: int
-    windows: dict[str, int | None]
-    maskless: bool
-    keeps: bool
-    context_length: int
-    ends: Tensor
-    hidden: Tensor
-    cache_name: str = "past_key_values"
-    chunk: int = 512
-
-    def forward(
-        self,
-        ids: Tensor,
-        *,
-        positions: Tensor | None = None,
-        mask: Tensor | dict[str, Tensor] | None = None,
-        cache: Any = None,
-        keep: Tensor | int = 0,
-    ) -> Tensor:
-        """Return logits [rows, kept, vocab] of some token ids behind what `cache` holds.
-
-        Args:
-            ids: Token ids, [rows, queries].
-            positions: Their positions; None leaves them to the model.
-            mask: Additive, for each kind of layer if there are several; None leaves it to the model.
-            cache: Of transformers, or a ragged one; None computes without.
-            keep: Queries whose logits are wanted: an index vector, a number from the end, 0 for all.
-        """
-        arguments: dict[str, Any] = {"input_ids": ids, "use_cache": cache is not None}
-        if positions is not None:
-            arguments["position_ids"] = positions
-        if mask is not None:
-            arguments["attention_mask"] = mask
-        if cache is not None:
-            arguments["past_key_values"] = cache
-        logits: Tensor
-        if self.keeps and not (isinstance(keep, int) and keep == 0):
-            logits = self.model(**arguments, logits_to_keep=keep).logits
-            return logits.to(self.device)
-        logits = self.model(**arguments).logits.to(self.device)
-        if isinstance(keep, Tensor):
-            return logits[:, keep]
-        return logits[:, -keep:] if keep else logits
-
-    def advance(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Return the logits [rows, vocab] behind some token ids, and the model's own cache then.
-
-        Args:
-            ids: Token ids, [rows, queries].
-            cache: What the last call returned; None begins.
-        """
-        arguments: dict[str, Any] = {self.cache_name: cache} if cache is not None else {}
-        output = self.model(input_ids=ids, use_cache=True, **arguments)
-        return output.logits[:, -1].to(self.device), getattr(output, self.cache_name)
-
-
-class _Draws:
-    """The tokens of a round in the making: rows of `branches` candidates, drawn step by step."""
+    drawn: Tensor
+    ended: Tensor
 
     def __init__(self, network: Network, requests: Sequence[Request], rooms: Sequence[int]) -> None:
-        device = network.device
         self._network = network
         self.requests = requests
         self.counts = [request.count for request in requests]
         self.sizes = [
             min(request.size, room) for request, room in zip(requests, rooms, strict=True)
         ]
-        self.branches = max(self.counts)
         self.steps = max(self.sizes)
         self.step = 0
-        shape = (len(requests), self.branches, self.steps)
-        self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        self.ended = torch.zeros(shape[:2], dtype=torch.bool, device=device)
-        self.lost = torch.zeros(shape, dtype=torch.bool, device=device)  # had no finite logits
         self._open = [[True] * count for count in self.counts]
-        self._numbers = torch.tensor(
-            [
-                [
-                    drafting_uniforms(
-                        self.steps,
-                        seed=request.seed,
-                        segment=request.segment,
-                        attempt=request.first_attempt + branch,
-                    )
-                    if branch < request.count
-                    else [1.0] * self.steps
-                    for branch in range(self.branches)
-                ]
-                for request in requests
-            ],
-            dtype=torch.float32 if device.type == "mps" else torch.float64,
-        ).to(device)
-        self._sampler = Sampler(
-            [request.sampling for request in requests], hidden=network.hidden, device=device
-        )
         self._streamed = any(request.streamed for request in requests)
-        self._seen: Tensor | None = None
-        if self._sampler.remembers:
-            seen = torch.zeros((shape[0], len(network.hidden)), dtype=torch.bool, device=device)
-            for row, request in zip(seen, requests, strict=True):
-                held = request.prefix.prompt_ids + request.prefix.token_ids
-                row[torch.tensor(held, device=device)] = True
-            self._seen = seen[:, None]
 
     @property
     def active(self) -> list[int]:
@@ -202,66 +118,68 @@ class _Draws:
         """Number of a row's candidates that want another token."""
         return sum(self._open[row])
 
-    def draw(self, logits: Tensor, first: int, last: int) -> Sequence[int | None]:
-        """Draw the next token of some rows; return what is streamed of it.
+    def numbers(self, branches: int, steps: int) -> Tensor:
+        """Return what picks the tokens, [rows, branches, steps], still on the host."""
+        return torch.tensor(
+            [
+                [
+                    drafting_uniforms(
+                        self.steps,
+                        seed=request.seed,
+                        segment=request.segment,
+                        attempt=request.first_attempt + branch,
+                    )
+                    + [1.0] * (steps - self.steps)
+                    if branch < request.count
+                    else [1.0] * steps
+                    for branch in range(branches)
+                ]
+                for request in self.requests
+            ],
+            dtype=torch.float32 if self._network.device.type == "mps" else torch.float64,
+        )
 
-        Args:
-            logits: [rows, branches, vocab]; one branch where all of a row are still the same.
-            first: First of the rows.
-            last: Row after the last.
-        """
+    def look(self) -> Sequence[int | None]:
+        """Count a step; see, if it is worth waiting for, what has ended. Return what is streamed."""
         active = set(self.active)
-        rows = slice(first, last)
-        seen = self._seen
-        if seen is not None:
-            if seen.shape[1] < self.branches and logits.shape[1] == self.branches:
-                self._seen = seen = seen.repeat(1, self.branches, 1)
-            if self.step:
-                seen.scatter_(2, self.tokens[:, : seen.shape[1], self.step - 1, None], True)
-            seen = seen[rows]
-        scores = self._sampler.warp(logits, seen, rows)
-        picked = self._sampler.pick(scores, self._numbers[rows, :, self.step], rows)
-        lost = picked < 0
-        picked = picked.clamp(min=0)
-        self.tokens[rows, :, self.step] = picked
-        self.lost[rows, :, self.step] = lost
-        self.ended[rows] |= self._network.ends[picked] | lost
         self.step += 1
-        if (
+        if not (
             self._streamed
             or self._network.device.type == "cpu"
-            or self.step % _STEPS_BETWEEN_LOOKS == 0
+            or (self.step % _STEPS_BETWEEN_LOOKS == 0 and self.step < self.steps)
         ):
-            self._open = [
-                [not ended for ended in candidates[:count]]
-                for candidates, count in zip(self.ended.tolist(), self.counts, strict=True)
-            ]
+            return ()
+        seen = torch.cat([self.drawn[:, :1, self.step - 1], self.ended.long()], dim=1).tolist()
+        self._open = [
+            [not ended for ended in of_row[1 : count + 1]]
+            for of_row, count in zip(seen, self.counts, strict=True)
+        ]
         if not self._streamed:
             return ()
-        drawn = self.tokens[:, 0, self.step - 1].tolist()
         return [
-            token if request.streamed and row in active and self._open[row][0] else None
-            for row, (request, token) in enumerate(zip(self.requests, drawn, strict=True))
+            of_row[0] if request.streamed and row in active and self._open[row][0] else None
+            for row, (request, of_row) in enumerate(zip(self.requests, seen, strict=True))
         ]
 
     def lost_rows(self) -> list[int]:
         """Return the rows in which some branch had no finite logits."""
-        return self.lost.flatten(1).any(1).nonzero().flatten().tolist()
+        lost = self.drawn[:, :, : self.step] < 0
+        return lost.flatten(1).any(1).nonzero().flatten().tolist()
 
     def results(self) -> tuple[list[list[Candidate]], list[list[list[int]]]]:
         """Return the candidates of every row, and all token ids that were drawn; -1 for none."""
-        tokens, lost = self.tokens[:, :, : self.step], self.lost[:, :, : self.step]
-        ids = tokens.masked_fill(lost, -1).tolist()
-        ends = (self._network.ends[tokens] & ~lost).tolist()
+        drawn = self.drawn[:, :, : self.step]
+        ends = self._network.ends[drawn.clamp(min=0)] & (drawn >= 0)
+        ids, flags = torch.stack([drawn, ends.long()]).tolist()
         proposals = []
         for request, size, of_row, ends_of_row in zip(
-            self.requests, self.sizes, ids, ends, strict=True
+            self.requests, self.sizes, ids, flags, strict=True
         ):
             candidates = []
             for branch in range(request.count):
-                flags = ends_of_row[branch][:size]
-                finished = True in flags
-                length = flags.index(True) if finished else len(flags)
+                ended = ends_of_row[branch][:size]
+                finished = 1 in ended
+                length = ended.index(1) if finished else len(ended)
                 if -1 in of_row[branch][:length]:
                     finished, length = False, 0
                 candidates.append(
@@ -273,6 +191,53 @@ class _Draws:
                 )
             proposals.append(candidates)
         return proposals, ids
+
+
+class _EagerDraws(_Draws):
+    """Draws of a round of any shape: rows of `branches` candidates, drawn step by step."""
+
+    def __init__(self, network: Network, requests: Sequence[Request], rooms: Sequence[int]) -> None:
+        super().__init__(network, requests, rooms)
+        device = network.device
+        self.branches = max(self.counts)
+        shape = (len(requests), self.branches, self.steps)
+        self.drawn = torch.zeros(shape, dtype=torch.long, device=device)
+        self.ended = torch.zeros(shape[:2], dtype=torch.bool, device=device)
+        self.tokens = torch.zeros(shape[:2], dtype=torch.long, device=device)  # the last ones
+        self._numbers = to_device(self.numbers(self.branches, self.steps), device)
+        self._sampler = Sampler(
+            [request.sampling for request in requests], hidden=network.hidden, device=device
+        )
+        self._seen: Tensor | None = None
+        if self._sampler.remembers:
+            seen = torch.zeros((shape[0], len(network.hidden)), dtype=torch.bool, device=device)
+            for row, request in zip(seen, requests, strict=True):
+                held = request.prefix.prompt_ids + request.prefix.token_ids
+                row.scatter_(0, to_device(torch.tensor(held), device), True)
+            self._seen = seen[:, None]
+
+    def draw(self, logits: Tensor, first: int, last: int) -> Sequence[int | None]:
+        """Draw the next token of some rows; return what is streamed of it.
+
+        Args:
+            logits: [rows, branches, vocab]; one branch where all of a row are still the same.
+            first: First of the rows.
+            last: Row after the last.
+        """
+        rows = slice(first, last)
+        seen = self._seen
+        if seen is not None:
+            if seen.shape[1] < self.branches and logits.shape[1] == self.branches:
+                self._seen = seen = seen.repeat(1, self.branches, 1)
+            if self.step:
+                seen.scatter_(2, self.tokens[:, : seen.shape[1], None], True)
+            seen = seen[rows]
+        scores = self._sampler.warp(logits, seen, rows)
+        picked = self._sampler.pick(scores, self._numbers[rows, :, self.step], rows)
+        self.drawn[rows, :, self.step] = picked
+        self.tokens[rows] = picked.clamp(min=0)
+        self.ended[rows] |= self._network.ends[self.tokens[rows]] | (picked < 0)
+        return self.look()
 
 
 class Drafter(ABC):
@@ -303,6 +268,10 @@ class Drafter(ABC):
         """Free what is only held for requests to come; return whether there was anything."""
         return False
 
+    def padded(self, num_rows: int, count: int) -> tuple[int, int]:
+        """Return how many rows and branches a round of so many is computed with."""
+        return num_rows, count
+
     @abstractmethod
     def stepping(self, queries: int) -> Callable[[], Tensor]:
         """Return a function that makes one forward pass of so many queries, to be timed."""
@@ -332,6 +301,16 @@ def _bucket(length: int) -> int:
     """Return `length` rounded up to what buffers are sized by."""
     step = _BUCKET if length <= 8 * _BUCKET else 4 * _BUCKET
     return -(-length // step) * step
+
+
+def _power(number: int) -> int:
+    """Return a number rounded up to a power of two."""
+    return 1 << (number - 1).bit_length()
+
+
+def _eights(number: int) -> int:
+    """Return a number rounded up to a power of two up to 8, and to a multiple of 8 beyond."""
+    return _power(number) if number <= 8 else -(-number // 8) * 8
 
 
 @dataclass(slots=True, eq=False)
@@ -371,6 +350,7 @@ class _Pool:
         self.busy = False
         self.cache: RaggedCache | None = None
         self.logits: Tensor | None = None
+        self.stages: OrderedDict[Any, Stage | Feeding] = OrderedDict()
         self._rows: list[_Row | None] = []
         self._of: WeakKeyDictionary[Prefix, _Row] = WeakKeyDictionary()
         self._released: list[Prefix] = []
@@ -422,8 +402,46 @@ class _Pool:
         if self.cache is not None:
             self.cache.clear_row(row.index)
 
+    def stage(self, runner: Runner, shape: Shape, requests: Sequence[Request]) -> Stage:
+        """Return the buffers for rounds of a shape and of what the requests need."""
+        samplings = [request.sampling for request in requests]
+
+        def make() -> Stage:
+            assert self.cache is not None
+            assert self.logits is not None
+            return Stage(self._network, self.cache, self.logits, shape, samplings, runner)
+
+        return self._kept((shape, Warpers.of(samplings)), make)
+
+    def feeding(self, runner: Runner, rows: int, limit: int) -> Feeding:
+        """Return the buffers to feed a token to each of some rows."""
+
+        def make() -> Feeding:
+            assert self.cache is not None
+            assert self.logits is not None
+            return Feeding(self._network, self.cache, self.logits, rows, limit, runner)
+
+        return self._kept((rows, limit), make)
+
+    def _kept(self, key: Any, make: Callable[[], _Staged]) -> _Staged:
+        """Return what is kept under a key, made where it is not; what was not used longest goes."""
+        if key not in self.stages:
+            while len(self.stages) >= _MOST_STAGES:
+                self.stages.popitem(last=False)[1].drop()
+            self.stages[key] = make()
+        self.stages.move_to_end(key)
+        kept: Any = self.stages[key]
+        return kept  # type: ignore[no-any-return]
+
+    def unstage(self) -> None:
+        """Drop all stages, and what was recorded of them: it fits these buffers only."""
+        for stage in self.stages.values():
+            stage.drop()
+        self.stages.clear()
+
     def drop(self) -> None:
         """Free the buffers; every row is computed anew when it is next drawn."""
+        self.unstage()
         self.cache = self.logits = None
         self._rows.clear()
         self._of.clear()
@@ -465,7 +483,7 @@ class _Pool:
 
     def _fit(self, num_rows: int, slots: int, tail: int, *, empty: bool) -> None:
         """Make room; an empty pool that is far too large is made anew."""
-        num_rows = 1 << (num_rows - 1).bit_length() if num_rows <= 8 else -(-num_rows // 8) * 8
+        num_rows = _eights(num_rows)
         fitting = num_rows * (_bucket(slots) + tail)
         cache = self.cache
         if cache is not None and empty and cache.num_rows * cache.num_slots > 4 * fitting:
@@ -478,6 +496,7 @@ class _Pool:
             wider = cache.num_slots
             if slots + tail > wider:
                 wider = max(wider, _bucket(slots) + tail)
+            self.unstage()
             try:
                 cache.resize(max(num_rows, cache.num_rows), wider)
             except Exception:
@@ -485,6 +504,7 @@ class _Pool:
                 raise
         assert self.cache is not None
         if self.logits is None or self.logits.shape[0] < self.cache.num_rows:
+            self.unstage()
             old = self.logits
             vocab = len(self._network.hidden)
             self.logits = torch.zeros((self.cache.num_rows, vocab), device=self._network.device)
@@ -503,7 +523,9 @@ class _Pool:
             self.cache.copy_row(one, other, num_slots=first.extent)
         elif second is not None:
             self.cache.copy_row(other, one, num_slots=second.extent)
-        self.logits[[one, other]] = self.logits[[other, one]]
+        held = self.logits[one].clone()
+        self.logits[one] = self.logits[other]
+        self.logits[other] = held
         rows[one], rows[other] = second, first
         if first is not None:
             first.index = other
@@ -511,30 +533,151 @@ class _Pool:
             second.index = one
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tree:
-    """Where the branches of a round lie; nothing of it is copied to the device step by step.
+class _Round(ABC):
+    """The steps of a round on a ragged cache.
 
     Attributes:
-        lengths: Length of each row's prefix.
-        ends: The same on the device, [rows, 1].
-        own: Numbers of the branches, [branches].
-        mask: What they see; None where each sees all that is read.
+        draws: What is drawn.
+        branches: Branches of a row, with those that fill up.
     """
 
-    lengths: list[int]
-    ends: Tensor
-    own: Tensor
-    mask: TreeMask | None
+    draws: _Draws
+    branches: int
+
+    @abstractmethod
+    def first(self) -> Sequence[int | None]:
+        """Draw the first tokens; return what is streamed."""
+
+    @abstractmethod
+    def step(self, active: Sequence[int]) -> Sequence[int | None]:
+        """Feed the last token of every branch of some rows and draw the next."""
+
+    @abstractmethod
+    def computed(self, active: Sequence[int]) -> int:
+        """Return how many rows are computed for the active ones."""
+
+
+class _EagerRound(_Round):
+    """Steps of any shape: no row is computed that no active one needs, nor a slot read.
+
+    Nothing of where the branches lie is copied to the device step by step.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        cache: RaggedCache,
+        logits: Tensor,
+        lengths: list[int],
+        draws: _EagerDraws,
+    ) -> None:
+        device = network.device
+        self.draws: _EagerDraws = draws
+        self.branches = draws.branches
+        self._network = network
+        self._cache = cache
+        self._logits = logits
+        self._lengths = lengths
+        ends = to_device(torch.tensor(lengths), device)
+        self._ends = ends[:, None]
+        self._own = torch.arange(draws.branches, device=device)
+        self._mask: TreeMask | None = None
+        tail = draws.branches * draws.steps
+        if draws.branches > 1 or not _uniform(network, lengths, lengths[0] + draws.steps):
+            self._mask = TreeMask(
+                network.windows, ends, draws.branches, max(lengths) + tail, dtype=network.dtype
+            )
+
+    def first(self) -> Sequence[int | None]:
+        """Draw the first tokens; return what is streamed."""
+        count = len(self._lengths)
+        return self.draws.draw(self._logits[:count, None], 0, count)
+
+    def step(self, active: Sequence[int]) -> Sequence[int | None]:
+        """Feed the last token of every branch of some rows and draw the next."""
+        network, branches = self._network, self.branches
+        first, last = active[0], active[-1] + 1
+        step = self.draws.step - 1
+        lengths, ends = self._lengths[first:last], self._ends[first:last]
+        limit = max(lengths) + (step + 1) * branches
+        mask = None
+        if self._mask is not None:
+            self._mask.advance()
+            mask = self._mask.read(first, last, limit)
+        slots: Tensor | int = lengths[0] + step * branches
+        if min(lengths) != max(lengths):
+            slots = ends + (step * branches + self._own)
+        places = (ends + step).clamp(max=network.context_length - 1).expand(-1, branches)
+        with self._cache.at(rows=range(first, last), slots=slots, limit=limit):
+            logits = network.forward(
+                self.draws.tokens[first:last], positions=places, mask=mask, cache=self._cache
+            )
+        return self.draws.draw(logits, first, last)
+
+    def computed(self, active: Sequence[int]) -> int:
+        """Return how many rows are computed for the active ones."""
+        return active[-1] + 1 - active[0]
+
+
+class _StaticRound(_Round):
+    """Steps whose shapes stay, those of a stage: all its rows, and all slots that it reads."""
+
+    def __init__(self, stage: Stage, lengths: Sequence[int], draws: _Draws) -> None:
+        shape, count = stage.shape, len(lengths)
+        self.draws = draws
+        self.branches = shape.branches
+        self._stage = stage
+        stage.begin(
+            lengths,
+            draws.numbers(shape.branches, shape.steps),
+            [request.sampling for request in draws.requests],
+            [[*r.prefix.prompt_ids, *r.prefix.token_ids] for r in draws.requests],
+        )
+        draws.drawn, draws.ended = stage.drawn[:count], stage.ended[:count]
+
+    def first(self) -> Sequence[int | None]:
+        """Draw the first tokens; return what is streamed."""
+        self._stage.first()
+        return self.draws.look()
+
+    def step(self, active: Sequence[int]) -> Sequence[int | None]:
+        """Feed the last token of every branch and draw the next."""
+        self._stage.step()
+        return self.draws.look()
+
+    def computed(self, active: Sequence[int]) -> int:
+        """Return how many rows there are, whichever are active."""
+        return self._stage.shape.rows
+
+
+def _uniform(network: Network, lengths: Sequence[int], limit: int) -> bool:
+    """Whether rows end at the same slot and see all before it, so that no mask is needed."""
+    return (
+        network.maskless
+        and min(lengths) == max(lengths)
+        and all(window is None or limit < window for window in network.windows.values())
+    )
 
 
 class RaggedDrafter(Drafter):
     """Drafts all branches of all rows at once, on a cache whose rows have lengths of their own."""
 
-    def __init__(self, network: Network, counts: Counts, prompts: PromptStore) -> None:
+    def __init__(
+        self,
+        network: Network,
+        counts: Counts,
+        prompts: PromptStore,
+        runner: Runner | None = None,
+    ) -> None:
         super().__init__(network, counts)
         self.prompts = prompts
         self._pools: dict[str, _Pool] = {}
+        self._runner = runner
+
+    @property
+    def runner(self) -> Runner | None:
+        """What runs steps whose shapes stay; None where they are run eagerly."""
+        return self._runner if self._runner is not None and self._runner.usable else None
 
     @property
     def num_bytes(self) -> int:
@@ -542,10 +685,21 @@ class RaggedDrafter(Drafter):
         return sum(pool.cache.num_bytes for pool in self._pools.values() if pool.cache is not None)
 
     def spare(self) -> bool:
-        """Drop the prompts that are stored."""
+        """Drop the prompts that are stored, and record no more steps."""
         held = self.prompts.num_bytes > 0
         self.prompts.clear()
+        if self.runner is not None and self.runner.records:
+            held = True
+            self.runner.give_up("memory has run out")
+            for pool in self._pools.values():
+                pool.unstage()
         return held
+
+    def padded(self, num_rows: int, count: int) -> tuple[int, int]:
+        """Return how many rows and branches a round of so many is computed with."""
+        if self.runner is None:
+            return num_rows, count
+        return _eights(num_rows), _power(count)
 
     def release(self, prefix: Prefix) -> None:
         """Free the prefix's row."""
@@ -559,29 +713,70 @@ class RaggedDrafter(Drafter):
         if pool is not None:
             pool.drop()
 
-    def stepping(self, queries: int) -> Callable[[], Tensor]:
-        """Return a pass of branches behind a short prefix."""
+    def stepping(
+        self, queries: int, *, rows: int = 1, length: int = _TIMED_SLOTS
+    ) -> Callable[[], Tensor]:
+        """Return a step, to be timed.
+
+        Args:
+            queries: Branches of each row.
+            rows: Rows, all of the same length.
+            length: Tokens of each row before the branches.
+        """
         network, device = self.network, self.network.device
+        length = min(length, network.context_length - 1)
         cache = RaggedCache(network.num_layers)
-        cache.resize(1, _TIMED_SLOTS + queries)
-        ids = torch.ones((1, queries), dtype=torch.long, device=device)
-        positions = torch.full((1, queries), min(_TIMED_SLOTS, network.context_length - 1))
-        tree = TreeMask(
-            network.windows, [_TIMED_SLOTS], queries, 1, dtype=network.dtype, device=device
+        runner = self.runner
+        branches = queries if runner is None else _power(queries)
+        steps = 1 if runner is None else 8
+        shape = Shape(rows, branches, steps, length + branches * steps)
+        if runner is not None:
+            shape = replace(shape, limit=_bucket(length) + branches * steps)
+        cache.resize(rows, shape.limit + 1)
+        mask = TreeMask(
+            network.windows,
+            torch.full((rows,), length, device=device),
+            branches,
+            length + branches,
+            dtype=network.dtype,
         )
-        tree.advance(0)
-        limit = _TIMED_SLOTS + queries
+        mask.advance()
+        lengths, limit = [length] * rows, length + branches
+        ids = torch.ones((rows, branches), dtype=torch.long, device=device)
+        places = torch.full((rows, branches), length, device=device)
 
         @torch.inference_mode()
         def step() -> Tensor:
-            mask = None if self._uniform([0], limit) and queries == 1 else tree.read(0, 1, limit)
-            with cache.at(rows=(0,), slots=_TIMED_SLOTS, limit=limit):
-                logits = network.forward(
-                    ids, positions=positions.to(device), mask=mask, cache=cache
-                )
+            free = queries == 1 and _uniform(network, lengths, limit)
+            seen = None if free else mask.read(0, rows, limit)
+            with cache.at(rows=range(rows), slots=length, limit=limit):
+                logits = network.forward(ids, positions=places, mask=seen, cache=cache)
             return logits.argmax(-1)
 
-        return step
+        if runner is None:
+            return step
+        return self._staged(runner, cache, shape, length, step)
+
+    @torch.inference_mode()
+    def _staged(
+        self,
+        runner: Runner,
+        cache: RaggedCache,
+        shape: Shape,
+        length: int,
+        step: Callable[[], Tensor],
+    ) -> Callable[[], Tensor]:
+        """Return a step of a stage, made as often as it takes to be what it is from then on."""
+        step()  # the first one allocates
+        logits = torch.zeros((shape.rows, len(self.network.hidden)), device=self.network.device)
+        greedy = [Sampling(temperature=0)] * shape.rows
+        stage = Stage(self.network, cache, logits, shape, greedy, runner)
+        numbers = torch.ones((shape.rows, shape.branches, shape.steps))
+        stage.begin([length] * shape.rows, numbers, greedy, [[0]] * shape.rows)
+        repeat = torch.inference_mode()(stage.repeat)
+        for _ in range(2):
+            repeat()
+        return repeat
 
     def round(self, requests: Sequence[Request]) -> Drafting:
         """Draft for all rows at once."""
@@ -599,50 +794,101 @@ class RaggedDrafter(Drafter):
 
     def _round(self, pool: _Pool, requests: Sequence[Request], rooms: Sequence[int]) -> Drafting:
         self.counts.rounds += 1
+        runner = self.runner
         steps = max(min(r.size, room) for r, room in zip(requests, rooms, strict=True))
         longest = max(len(request.prefix) for request in requests)
-        tail = steps * max(request.count for request in requests)
+        branches = max(request.count for request in requests)
+        shape = Shape(len(requests), branches, steps, longest + steps * branches)
+        if runner is not None:
+            steps, branches = -(-steps // 8) * 8, _power(branches)
+            limit = _bucket(longest) + steps * branches
+            shape = Shape(_eights(len(requests)), branches, steps, limit)
+            longest, tail = _bucket(longest), steps * branches + 1  # a slot that nobody reads
+        else:
+            tail = steps * branches
+            pool.unstage()
         placed = pool.place([request.prefix for request in requests], longest, tail)
         order = sorted(range(len(requests)), key=lambda at: placed[at].index)
         rows = [placed[at] for at in order]
-        draws = _Draws(self.network, [requests[at] for at in order], [rooms[at] for at in order])
-
-        missing = self._keep(pool, rows, draws.requests)
-        for _ in self._feed(pool, rows, missing):
-            yield ()
-        assert pool.cache is not None
-        assert pool.logits is not None
+        requests = [requests[at] for at in order]
+        missing = self._keep(pool, rows, requests)
         try:
-            streamed = self._draw(draws, pool.logits[: len(rows), None], 0, len(rows))
+            for _ in self._feed(pool, rows, missing, shape, runner):
+                yield ()
+        except BaseException:
+            self._clean(pool, [row for row, ids in zip(rows, missing, strict=True) if ids])
+            raise
+        drafting = self._begin(pool, rows, requests, [rooms[at] for at in order], shape, runner)
+        draws = drafting.draws
+        try:
+            streamed = self._first(drafting)
             fed = [0] * len(rows)
-            tree = self._tree(draws, rows)
             while active := draws.active:
                 yield self._in_order(streamed, order)
-                first, last = active[0], active[-1] + 1
-                logits = self._step(pool.cache, draws, tree, first, last)
+                num_open = sum(map(draws.num_open, active))
+                streamed = self._step(drafting, active)
                 for at in active:
                     fed[at] += 1
-                    self.counts.drafted += draws.num_open(at)
-                num_open = sum(map(draws.num_open, active))
-                self.counts.idle += (last - first) * draws.branches - num_open
-                streamed = self._draw(draws, logits, first, last)
+                self.counts.forwards += 1
+                self.counts.drafted += num_open
+                computed = drafting.computed(active) * drafting.branches
+                self.counts.idle += computed - num_open
             if streamed:
                 yield self._in_order(streamed, order)
 
             proposals, ids = draws.results()
+            lost = [at for at, of_row in enumerate(ids) if any(-1 in b for b in of_row)]
             for row, count, length, of_row in zip(rows, draws.counts, fed, ids, strict=True):
-                row.branches = draws.branches
+                row.branches = drafting.branches
                 row.drafted = [token_ids[:length] for token_ids in of_row[:count]]
+        except BaseException:
+            lost = draws.lost_rows()
+            raise
         finally:
-            for at in draws.lost_rows():
+            for at in lost:
                 pool.clear(rows[at])
-        for row, request, lacked in zip(rows, draws.requests, missing, strict=True):
+        for row, request, lacked in zip(rows, requests, missing, strict=True):
             if len(lacked) > 1:
                 pool.store(request.prefix, row)
         returned: list[list[Candidate]] = [[] for _ in requests]
         for at, candidates in zip(order, proposals, strict=True):
             returned[at] = candidates
         return returned
+
+    @torch.inference_mode()
+    def _clean(self, pool: _Pool, rows: Sequence[_Row]) -> None:
+        """Clear those of some rows that hold what is not finite."""
+        for row in rows:
+            if pool.cache is not None and not pool.cache.is_finite(row.index):
+                pool.clear(row)
+
+    @torch.inference_mode()
+    def _begin(
+        self,
+        pool: _Pool,
+        rows: Sequence[_Row],
+        requests: Sequence[Request],
+        rooms: Sequence[int],
+        shape: Shape,
+        runner: Runner | None,
+    ) -> _Round:
+        """Return the steps of a round whose rows have been fed."""
+        assert pool.cache is not None
+        assert pool.logits is not None
+        lengths = [len(row.ids) for row in rows]
+        if runner is None:
+            eager = _EagerDraws(self.network, requests, rooms)
+            return _EagerRound(self.network, pool.cache, pool.logits, lengths, eager)
+        stage = pool.stage(runner, shape, requests)
+        return _StaticRound(stage, lengths, _Draws(self.network, requests, rooms))
+
+    @torch.inference_mode()
+    def _first(self, drafting: _Round) -> Sequence[int | None]:
+        return drafting.first()
+
+    @torch.inference_mode()
+    def _step(self, drafting: _Round, active: Sequence[int]) -> Sequence[int | None]:
+        return drafting.step(active)
 
     @staticmethod
     def _in_order(streamed: Sequence[int | None], order: Sequence[int]) -> Sequence[int | None]:
@@ -678,7 +924,7 @@ class RaggedDrafter(Drafter):
                 length += matching
             kept.append(length)
         if moves:
-            index, source, target = torch.tensor(moves, device=self.network.device).T
+            index, source, target = to_device(torch.tensor(moves), self.network.device).T
             pool.cache.move(index, source, target)
         missing = []
         for row, request, ids, length in zip(rows, requests, wanted, kept, strict=True):
@@ -702,10 +948,16 @@ class RaggedDrafter(Drafter):
         pool: _Pool,
         rows: Sequence[_Row],
         missing: Sequence[list[int]],
+        shape: Shape,
+        runner: Runner | None,
     ) -> Iterator[None]:
         """Feed what rows miss, so that the logits behind every prefix are known."""
+        assert pool.cache is not None
         single = [at for at, ids in enumerate(missing) if len(ids) == 1]
-        if single:
+        if single and runner is not None and pool.cache.is_initialized:
+            self._feed_all(pool, rows, missing, shape, runner)
+            yield
+        elif single:
             self._feed_one(pool, rows, missing, single[0], single[-1] + 1)
             yield
         many = [at for at, ids in enumerate(missing) if len(ids) > 1]
@@ -733,6 +985,31 @@ class RaggedDrafter(Drafter):
         return group
 
     @torch.inference_mode()
+    def _feed_all(
+        self,
+        pool: _Pool,
+        rows: Sequence[_Row],
+        missing: Sequence[list[int]],
+        shape: Shape,
+        runner: Runner,
+    ) -> None:
+        """Feed one token to those that miss just one, in a step whose shape stays."""
+        fed = [ids[0] if len(ids) == 1 else None for ids in missing]
+        longest = max(
+            len(row.ids) + 1 for row, ids in zip(rows, fed, strict=True) if ids is not None
+        )
+        feeding = pool.feeding(runner, shape.rows, _bucket(longest))
+        feeding.feed([len(row.ids) for row in rows], fed)
+        self.counts.forwards += 1
+        for row, token in zip(rows, fed, strict=True):
+            if token is None:
+                self.counts.idle += 1
+            else:
+                row.ids.append(token)
+                row.scored = True
+        self.counts.idle += shape.rows - len(rows)
+
+    @torch.inference_mode()
     def _feed_one(
         self,
         pool: _Pool,
@@ -749,18 +1026,17 @@ class RaggedDrafter(Drafter):
         lengths = [len(row.ids) for row in rows[first:last]]
         ids = [missing[at][0] if len(missing[at]) == 1 else 0 for at in range(first, last)]
         limit = max(lengths) + 1
-        places = torch.tensor(lengths, device=device)[:, None]
+        starts = to_device(torch.tensor(lengths), device)
+        places = starts[:, None]
         slots: Tensor | int = places
         mask = None
-        if self._uniform(lengths, limit):
+        if _uniform(self.network, lengths, limit):
             slots = lengths[0]
         else:
-            mask = causal_masks(
-                network.windows, lengths, 1, limit, dtype=network.dtype, device=device
-            )
+            mask = causal_masks(network.windows, starts, 1, limit, dtype=network.dtype)
         with pool.cache.at(rows=range(first, last), slots=slots, limit=limit):
             logits = network.forward(
-                torch.tensor(ids, device=device)[:, None],
+                to_device(torch.tensor(ids), device)[:, None],
                 positions=places,
                 mask=mask,
                 cache=pool.cache,
@@ -790,27 +1066,27 @@ class RaggedDrafter(Drafter):
         first, last = group[0], group[-1] + 1
         # A row that ended in an earlier chunk waits where its tokens would go on.
         starts = [len(rows[at].ids) for at in group]
-        places = torch.tensor(starts, device=device)[:, None] + torch.arange(queries, device=device)
-        limit = min(max(starts) + queries, pool.cache.num_slots)  # beyond it is padding only
+        behind = to_device(torch.tensor(starts), device)
+        places = behind[:, None] + torch.arange(queries, device=device)
+        # Padding goes to the last slot, which is not read: a prompt leaves room for candidates.
+        limit = min(max(starts) + queries, pool.cache.num_slots - 1)
         slots: Tensor | int = places.clamp(max=pool.cache.num_slots - 1)
         mask = None
-        if max(starts) == 0 and self._uniform(starts, limit):
+        if max(starts) == 0 and _uniform(self.network, starts, limit):
             slots = 0
         else:
-            mask = causal_masks(
-                network.windows, starts, queries, limit, dtype=network.dtype, device=device
-            )
+            mask = causal_masks(network.windows, behind, queries, limit, dtype=network.dtype)
         ids = torch.zeros((len(group), queries), dtype=torch.long)
         for row, chunk in zip(ids, chunks, strict=True):
             row[: len(chunk)] = torch.tensor(chunk, dtype=torch.long)
         ends = sorted({len(c) - 1 for at, c in zip(group, chunks, strict=True) if c})
         with pool.cache.at(rows=range(first, last), slots=slots, limit=limit):
             logits = network.forward(
-                ids.to(device),
+                to_device(ids, device),
                 positions=places.clamp(max=network.context_length - 1),
                 mask=mask,
                 cache=pool.cache,
-                keep=torch.tensor(ends, device=device),
+                keep=to_device(torch.tensor(ends), device),
             )
         self.counts.forwards += 1
         self.counts.idle += len(group) * queries - sum(map(len, chunks))
@@ -819,64 +1095,6 @@ class RaggedDrafter(Drafter):
             if chunk and start + len(chunk) == len(missing[at]):
                 pool.logits[at] = of_row[ends.index(len(chunk) - 1)]
                 rows[at].scored = True
-
-    def _uniform(self, lengths: Sequence[int], limit: int) -> bool:
-        """Whether rows end at the same slot and see all before it, so that no mask is needed."""
-        return (
-            self.network.maskless
-            and min(lengths) == max(lengths)
-            and all(window is None or limit < window for window in self.network.windows.values())
-        )
-
-    @torch.inference_mode()
-    def _draw(self, draws: _Draws, logits: Tensor, first: int, last: int) -> Sequence[int | None]:
-        return draws.draw(logits, first, last)
-
-    @torch.inference_mode()
-    def _tree(self, draws: _Draws, rows: Sequence[_Row]) -> _Tree:
-        """Return where the branches of a round lie and what they see."""
-        lengths = [len(row.ids) for row in rows]
-        device = self.network.device
-        mask = None
-        if draws.branches > 1 or not self._uniform(lengths, lengths[0] + draws.steps):
-            mask = TreeMask(
-                self.network.windows,
-                lengths,
-                draws.branches,
-                draws.steps,
-                dtype=self.network.dtype,
-                device=device,
-            )
-        return _Tree(
-            lengths=lengths,
-            ends=torch.tensor(lengths, device=device)[:, None],
-            own=torch.arange(draws.branches, device=device),
-            mask=mask,
-        )
-
-    @torch.inference_mode()
-    def _step(
-        self, cache: RaggedCache, draws: _Draws, tree: _Tree, first: int, last: int
-    ) -> Tensor:
-        """Feed the last token of every branch of some rows; return logits [rows, branches, vocab]."""
-        network, branches = self.network, draws.branches
-        step = draws.step - 1
-        lengths = tree.lengths[first:last]
-        ends = tree.ends[first:last]
-        limit = max(lengths) + (step + 1) * branches
-        mask = None
-        if tree.mask is not None:
-            tree.mask.advance(step)
-            mask = tree.mask.read(first, last, limit)
-        slots: Tensor | int = lengths[0] + step * branches
-        if min(lengths) != max(lengths):
-            slots = ends + (step * branches + tree.own)
-        places = (ends + step).clamp(max=network.context_length - 1).expand(-1, branches)
-        self.counts.forwards += 1
-        with cache.at(rows=range(first, last), slots=slots, limit=limit):
-            return network.forward(
-                draws.tokens[first:last, :, step], positions=places, mask=mask, cache=cache
-            )
 
 
 class _OneByOne(Drafter):
@@ -888,7 +1106,7 @@ class _OneByOne(Drafter):
         self.counts.rounds += 1
         returned: list[list[Candidate]] = []
         for at, (request, room) in enumerate(zip(requests, rooms, strict=True)):
-            draws = _Draws(self.network, [request], [room])
+            draws = _EagerDraws(self.network, [request], [room])
             for streamed in self._one(request.prefix, draws):
                 tokens: list[int | None] = [None] * len(requests)
                 if streamed:
@@ -908,10 +1126,10 @@ class _OneByOne(Drafter):
         return step
 
     @abstractmethod
-    def _one(self, prefix: Prefix, draws: _Draws) -> Iterator[Sequence[int | None]]:
+    def _one(self, prefix: Prefix, draws: _EagerDraws) -> Iterator[Sequence[int | None]]:
         """Draw all tokens of a row's candidates."""
 
-    def _count(self, draws: _Draws, tokens_each: int = 1) -> None:
+    def _count(self, draws: _EagerDraws, tokens_each: int = 1) -> None:
         self.counts.forwards += 1
         self.counts.drafted += draws.num_open(0) * tokens_each
         self.counts.idle += (draws.branches - draws.num_open(0)) * tokens_each
@@ -955,7 +1173,7 @@ class SnapshotDrafter(_OneByOne):
         """Drop the lane's caches."""
         self._snapshots.pop(lane, None)
 
-    def _one(self, prefix: Prefix, draws: _Draws) -> Iterator[Sequence[int | None]]:
+    def _one(self, prefix: Prefix, draws: _EagerDraws) -> Iterator[Sequence[int | None]]:
         snapshot = yield from self._advance(prefix)
         snapshot.branches, snapshot.drafted = None, []
         streamed = self._draw(draws, snapshot.logits[None, None])
@@ -965,7 +1183,7 @@ class SnapshotDrafter(_OneByOne):
             yield streamed
             if branches is None:
                 branches = self._copies(snapshot.cache, draws.branches)
-            logits, branches = self._forward(draws.tokens[0, :, draws.step - 1, None], branches)
+            logits, branches = self._forward(draws.tokens[0, :, None], branches)
             self._count(draws)
             fed += 1
             streamed = self._draw(draws, logits[None])
@@ -1026,7 +1244,7 @@ class SnapshotDrafter(_OneByOne):
         return cache
 
     @torch.inference_mode()
-    def _draw(self, draws: _Draws, logits: Tensor) -> Sequence[int | None]:
+    def _draw(self, draws: _EagerDraws, logits: Tensor) -> Sequence[int | None]:
         return draws.draw(logits, 0, 1)
 
 
@@ -1039,7 +1257,7 @@ class RecomputeDrafter(_OneByOne):
     def forget(self, lane: str) -> None:
         """Do nothing; nothing is kept."""
 
-    def _one(self, prefix: Prefix, draws: _Draws) -> Iterator[Sequence[int | None]]:
+    def _one(self, prefix: Prefix, draws: _EagerDraws) -> Iterator[Sequence[int | None]]:
         ids = torch.tensor([prefix.prompt_ids + prefix.token_ids], device=self.network.device)
         streamed = self._next(draws, ids)
         self.counts.forwards += 1
@@ -1047,7 +1265,7 @@ class RecomputeDrafter(_OneByOne):
         self.counts.refed += len(prefix.token_ids)
         while draws.active:
             yield streamed
-            drawn = draws.tokens[0, :, : draws.step]
+            drawn = draws.drawn[0, :, : draws.step].clamp(min=0)
             whole = torch.cat([ids.expand(draws.branches, -1), drawn], dim=1)
             self._count(draws, whole.shape[1])
             streamed = self._next(draws, whole)
@@ -1055,7 +1273,7 @@ class RecomputeDrafter(_OneByOne):
             yield streamed
 
     @torch.inference_mode()
-    def _next(self, draws: _Draws, ids: Tensor) -> Sequence[int | None]:
+    def _next(self, draws: _EagerDraws, ids: Tensor) -> Sequence[int | None]:
         return draws.draw(self.network.forward(ids, keep=1).transpose(0, 1), 0, 1)
 
 
@@ -1087,6 +1305,7 @@ def ragged_error(network: Network) -> float:
     prompts, branches = _probe(network)
     lengths = [len(prompt) for prompt in prompts]
     device, longest = network.device, max(map(len, prompts))
+    ends = torch.tensor(lengths, device=device)
     cache = RaggedCache(network.num_layers)
     cache.resize(2, longest + 4)
     ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
@@ -1096,20 +1315,19 @@ def ragged_error(network: Network) -> float:
             ids.to(device),
             positions=torch.arange(longest, device=device).expand(2, -1),
             mask=causal_masks(
-                network.windows, [0, 0], longest, longest, dtype=dtype, device=device
+                network.windows, torch.zeros_like(ends), longest, longest, dtype=dtype
             ),
             cache=cache,
         )
-    tree = TreeMask(network.windows, lengths, 2, 2, dtype=dtype, device=device)
-    ends = torch.tensor(lengths, device=device)[:, None]
+    tree = TreeMask(network.windows, ends, 2, longest + 4, dtype=dtype)
     logits = []
     for step in range(2):
-        tree.advance(step)
-        slots = ends + 2 * step + torch.arange(2, device=device)
+        tree.advance()
+        slots = ends[:, None] + 2 * step + torch.arange(2, device=device)
         with cache.at(rows=range(2), slots=slots, limit=longest + 4):
             got = network.forward(
                 branches[:, :, step],
-                positions=(ends + step).expand(-1, 2),
+                positions=(ends + step)[:, None].expand(-1, 2),
                 mask=tree.read(0, 2, longest + 4),
                 cache=cache,
             )

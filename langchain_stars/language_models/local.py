@@ -6,6 +6,7 @@ nothing of rewards, thresholds or LangChain.
 
 import hashlib
 import itertools
+import json
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 import torch
@@ -34,7 +35,6 @@ from langchain_stars.language_models.base import (
 from langchain_stars.language_models.drafters import (
     Counts,
     Drafter,
-    Network,
     RaggedDrafter,
     RecomputeDrafter,
     SnapshotDrafter,
@@ -42,17 +42,9 @@ from langchain_stars.language_models.drafters import (
     ragged_error,
     snapshot_error,
 )
-from langchain_stars.packing import (
-    base_of,
-    can_pack,
-    device_name,
-    input_device,
-    is_quantised,
-    pack,
-    placed,
-    share_weights,
-    without_wrapper,
-)
+from langchain_stars.language_models.network import Network
+from langchain_stars.language_models.steps import CudaRecorder, Runner, Steps
+from langchain_stars.packing import can_pack, device_name, pack, share_weights
 from langchain_stars.prompts import PromptStore
 from langchain_stars.ragged_cache import ATTENTION
 from langchain_stars.templates import TextEncoder, encode_chat, vocabulary_of
@@ -150,7 +142,7 @@ class _Weights:
         self.model: Any = None
         self.users: WeakSet[LocalLanguageModel] = WeakSet()
         self.drafts: dict[str, bool] = {}
-        self.seconds: dict[str, dict[int, float]] = {}
+        self.seconds: dict[tuple[Drafts, Steps], dict[int, float]] = {}
 
 
 _REGISTRY: WeakValueDictionary[_Source, _Weights] = WeakValueDictionary()
@@ -244,6 +236,13 @@ class LocalLanguageModel(LanguageModel):
         drafts: How candidates are drafted; None takes the fastest way that a check at load finds
             right: `"ragged"` keeps keys and values once a reply, `"snapshot"` copies the model's
             own cache (for recurrent models), `"recompute"` keeps nothing.
+        steps: How the steps of a round are run, where candidates are drafted the ragged way.
+            `"eager"` computes no row and reads no slot without need; `"static"` fills rows, branches
+            and slots up to shapes that come again; `"graphs"` records those as CUDA graphs, which
+            spares nearly all of the host's time in a step; `"compiled"` has torch compile them (for
+            a while whenever a shape is new, and without packed weights), and on CUDA records that.
+            `"auto"` is `"graphs"` on one CUDA device and `"eager"` elsewhere. Where memory ends, or
+            a model cannot be recorded or compiled, its steps become eager, with a warning.
         chat_template: Used instead of the tokenizer's.
         context_length: Most tokens of prompt and reply; None takes the model's own limit.
         drafted_control_tokens: Control tokens that may be drafted all the same, such as one that
@@ -268,6 +267,7 @@ class LocalLanguageModel(LanguageModel):
         pack_weights: bool = True,
         prompt_bytes: int = 1 << 28,
         drafts: Drafts | None = None,
+        steps: Steps = "auto",
         chat_template: str | None = None,
         context_length: int | None = None,
         drafted_control_tokens: Sequence[str] = (),
@@ -275,11 +275,12 @@ class LocalLanguageModel(LanguageModel):
     ) -> None:
         if drafts not in (None, "ragged", "snapshot", "recompute"):
             raise ValueError(f"`drafts` must be ragged, snapshot, recompute or None, got {drafts}")
+        if steps not in get_args(Steps):
+            raise ValueError(f"`steps` must be one of {', '.join(get_args(Steps))}, got {steps}")
         if prompt_bytes < 0:
             raise ValueError(f"`prompt_bytes` must be at least 0, got {prompt_bytes}")
         if context_length is not None and context_length < 2:
             raise ValueError(f"`context_length` must be at least 2, got {context_length}")
-        model = without_wrapper(model)
         self._given = None if isinstance(model, str | os.PathLike) else model
         if isinstance(model, str | os.PathLike):
             name = _checked_name(os.fspath(model))
@@ -287,9 +288,12 @@ class LocalLanguageModel(LanguageModel):
             if tokenizer is None:
                 raise ValueError("`tokenizer` must be given with a loaded model, got None")
             name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-            device = device or input_device(model)
+            device = device or next(model.parameters()).device
         self._name = name
         self._device = device_name(device)
+        if steps == "graphs" and not self._device.startswith("cuda"):
+            raise ValueError(f"`steps` can be graphs on a CUDA device only, got {self._device}")
+        self._steps: Steps = steps
         self._settings = settings
         self._device_map = device_map
         if isinstance(dtype, torch.dtype):
@@ -304,7 +308,7 @@ class LocalLanguageModel(LanguageModel):
             device_map=None if device_map is None else repr(device_map),
             trust_remote_code=trust_remote_code,
             attention=attention,
-            pack=pack_weights,
+            pack=pack_weights and steps != "compiled",  # what is packed cannot be compiled
             identity=0 if self._given is None else _number_of(model),
         )
         self._drafts = drafts
@@ -343,6 +347,16 @@ class LocalLanguageModel(LanguageModel):
     def drafts(self) -> Drafts:
         """How candidates are drafted; loads the weights."""
         return _name_of(self._loaded())
+
+    @property
+    def steps(self) -> Steps:
+        """How the steps of a round are run, `"auto"` resolved; loads the weights."""
+        drafter = self._loaded()
+        if not isinstance(drafter, RaggedDrafter) or drafter.runner is None:
+            return "eager"
+        if self._steps != "auto":
+            return self._steps
+        return "graphs" if drafter.runner.records else "eager"
 
     @property
     def max_rows(self) -> int:
@@ -395,7 +409,10 @@ class LocalLanguageModel(LanguageModel):
     @cached_property
     def _base_name(self) -> str:
         """Whose configuration the model has: of an adapter, its base's."""
-        return base_of(self._name, revision=self._source.revision)
+        adapter = Path(self._name) / "adapter_config.json"
+        if not adapter.is_file():
+            return self._name
+        return str(json.loads(adapter.read_text())["base_model_name_or_path"])
 
     @cached_property
     def _tokenizer_name(self) -> str:
@@ -434,13 +451,10 @@ class LocalLanguageModel(LanguageModel):
         if self._given is not None:
             for parameter_name, parameter in self._given.state_dict().items():
                 digest.update(f"{parameter_name}{tuple(parameter.shape)}".encode())
-                for tensor in _plain_parts(parameter):
-                    sample = tensor.flatten()[:: max(1, tensor.numel() // 64)]
-                    digest.update(repr(sample.float().tolist()).encode())
+                sample = parameter.flatten()[:: max(1, parameter.numel() // 64)]
+                digest.update(repr(sample.float().tolist()).encode())
         elif folder.is_dir():
             _digest_folder(digest, folder)
-            if self._base_name != self._name and Path(self._base_name).is_dir():
-                _digest_folder(digest, Path(self._base_name))
         else:
             commit = getattr(self._config, "_commit_hash", None)
             digest.update(f"{self._name}@{commit}".encode())
@@ -560,6 +574,7 @@ class LocalLanguageModel(LanguageModel):
     def round_seconds(self, num_rows: int, count: int, size: int) -> float:
         """Return the time of a round, from forward passes measured when this is first asked."""
         drafter = self._loaded()
+        num_rows, count = drafter.padded(num_rows, count)
         if isinstance(drafter, RaggedDrafter):
             return self._seconds(num_rows) + (size - 1) * self._seconds(num_rows * count)
         return num_rows * (self._seconds(1) + (size - 1) * self._seconds(count))
@@ -568,9 +583,10 @@ class LocalLanguageModel(LanguageModel):
         """Return how long a forward pass of some queries is thought to take."""
         weights = self._weights()
         with weights.lock:
-            table = weights.seconds.get(self.drafts)
+            way = self.drafts, self.steps
+            table = weights.seconds.get(way)
             if table is None:
-                table = weights.seconds[self.drafts] = _time_steps(self._loaded())
+                table = weights.seconds[way] = _time_steps(self._loaded())
         return _interpolate(table, queries)
 
     def _backing_off(self, requests: Sequence[Request]) -> Drafting:
@@ -656,8 +672,6 @@ class LocalLanguageModel(LanguageModel):
             arguments: dict[str, Any] = dict(self._settings)
             if self._device_map is not None:
                 arguments["device_map"] = self._device_map
-            elif "quantization_config" in arguments or is_quantised(self._config):
-                arguments |= placed(self._device)
             own_dtype = self._source.dtype == "auto" and self._device_map is not None
             with _quietly(Path(self._name).is_dir()):
                 model = self._read(
@@ -666,7 +680,8 @@ class LocalLanguageModel(LanguageModel):
                     use_safetensors=True,
                     **arguments,
                 )
-            if self._device_map is None and not is_quantised(model):
+            quantised = getattr(model, "quantization_method", None) is not None
+            if self._device_map is None and not quantised:
                 model = model.to(self._device)
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
@@ -714,8 +729,8 @@ class LocalLanguageModel(LanguageModel):
         config = model.config.get_text_config()
         vocab = int(config.vocab_size)
         device = torch.device(self._device)
-        if self._device_map is not None or is_quantised(model):
-            device = input_device(model)
+        if self._device_map is not None:
+            device = model.get_input_embeddings().weight.device
         accepted = inspect.signature(type(model).forward).parameters
         ends, hidden = self._control_ids(model, vocab)
         marks = torch.zeros((2, vocab), dtype=torch.bool)
@@ -785,7 +800,8 @@ class LocalLanguageModel(LanguageModel):
                 weights.drafts[way] = self._is_right(way, network)
             if weights.drafts[way]:
                 if drafter is RaggedDrafter:
-                    return RaggedDrafter(network, self.counts, PromptStore(self._prompt_bytes))
+                    prompts = PromptStore(self._prompt_bytes)
+                    return RaggedDrafter(network, self.counts, prompts, self._runner(network))
                 return drafter(network, self.counts)
             if self._drafts is not None:
                 raise ValueError(
@@ -795,6 +811,17 @@ class LocalLanguageModel(LanguageModel):
                 continue
             _log.warning("%s cannot draft the %s way; a slower one is taken", self._name, way)
         raise AssertionError("recomputing is always right")
+
+    def _runner(self, network: Network) -> Runner | None:
+        """Return what runs steps whose shapes stay; None where they are to be run eagerly."""
+        places = getattr(network.model, "hf_device_map", None) or {}
+        alone = network.device.type == "cuda" and len(set(places.values())) <= 1
+        if self._steps == "eager" or (self._steps == "auto" and not alone):
+            return None
+        recorder = None
+        if alone and self._steps != "static":
+            recorder = CudaRecorder(network.device)
+        return Runner(self._name, compiles=self._steps == "compiled", recorder=recorder)
 
     def _is_right(self, way: str, network: Network) -> bool:
         if way == "recompute":
@@ -877,16 +904,6 @@ def _digest_folder(digest: Any, folder: Path) -> None:
             for part in range(64):
                 file.seek(part * (size - _SAMPLE_BYTES) // 63)
                 digest.update(file.read(_SAMPLE_BYTES))
-
-
-def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return what a tensor consists of: a quantised one, of several; one that is elsewhere, none."""
-    if tensor.is_meta:
-        return []
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [part for name in names for part in _plain_parts(getattr(tensor, name))]
 
 
 def _free_bytes(device: str) -> int | None:

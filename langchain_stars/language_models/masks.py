@@ -3,7 +3,7 @@
 Knows slots and positions; nothing of tokens, of sampling or of who asks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,60 +13,65 @@ class TreeMask:
     """Additive masks of a round, one for each kind of layer, brought forward step by step.
 
     A query of branch i at step j sees its row's prefix and the tokens 0 ... j of branch i; under
-    a sliding window only those of them that are nearer than the window.
+    a sliding window only those of them that are nearer than the window. The masks, and the number
+    of the step, stay where they are on the device and are written in place.
 
     Args:
         windows: Kind of layer and its sliding window; None sees everything.
-        lengths: Length of each row's prefix.
+        lengths: Length of each row's prefix, [rows]; read anew whenever a round begins.
         branches: Branches of a row.
-        steps: Most steps of the round.
-        dtype: Of the masks.
-        device: Of the masks.
+        limit: Number of slots that are read. Where it is a multiple of 8, kernels on CUDA take the
+            mask as it lies; else they copy it at every layer.
+        dtype: Of the masks; kernels on CUDA want that of the queries.
     """
 
     def __init__(
         self,
         windows: Mapping[str, int | None],
-        lengths: Sequence[int],
+        lengths: Tensor,
         branches: int,
-        steps: int,
+        limit: int,
         *,
         dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
+        device = lengths.device
         self._windows = windows
         self._branches = branches
-        self._lengths = torch.tensor(lengths, device=device)[:, None, None]
+        self._lengths = lengths[:, None, None]
         self._own = torch.arange(branches, device=device)[None, :, None]
-        capacity = max(lengths) + branches * steps
-        slots = torch.arange(capacity, device=device)
-        hidden = torch.full((), -torch.inf, dtype=dtype, device=device)
-        seen = torch.zeros((), dtype=dtype, device=device)
-        self._masks: dict[str, Tensor] = {}
-        for kind, window in windows.items():
-            visible = slots < self._lengths
+        self._slots = torch.arange(limit, device=device)
+        self._step = torch.zeros((), dtype=torch.long, device=device)
+        shape = (len(lengths), branches, limit)
+        self._masks = {kind: torch.empty(shape, dtype=dtype, device=device) for kind in windows}
+        self.begin()
+
+    def begin(self) -> None:
+        """Let every branch see its row's prefix alone, as before the first step of a round."""
+        self.rewind()
+        for kind, window in self._windows.items():
+            visible = self._slots < self._lengths
             if window is not None:
                 # The first step's query stands at the prefix's length and sees `window` with itself.
-                visible = visible & (slots > self._lengths - window)
-            mask = torch.where(visible, seen, hidden).expand(-1, branches, -1)
-            self._masks[kind] = mask.contiguous()
+                visible = visible & (self._slots > self._lengths - window)
+            self._masks[kind].zero_().masked_fill_(~visible, -torch.inf)
 
-    def advance(self, step: int) -> None:
-        """Let every branch see its token of `step`, and no more what its window has left."""
+    def rewind(self) -> None:
+        """Count steps from the first one again; what is seen stays."""
+        self._step.zero_()
+
+    def advance(self) -> None:
+        """Let every branch see its token of the next step, and no more what its window has left."""
+        step = self._step
         own = self._lengths + step * self._branches + self._own
         for kind, window in self._windows.items():
             mask = self._masks[kind]
-            own_of_all = own.expand(mask.shape[0], -1, -1)
             if window is not None:
                 left = step - window  # the position that the window leaves, from the prefix's end
-                if left >= 0:
-                    gone = self._lengths + left * self._branches + self._own
-                else:
-                    gone = (self._lengths + left).expand(-1, self._branches, -1)
-                    # A row shorter than the window leaves nothing: its own slot is seen next.
-                    gone = torch.where(gone >= 0, gone, own)
-                mask.scatter_(2, gone, -torch.inf)
-            mask.scatter_(2, own_of_all, 0.0)
+                gone = torch.where(left >= 0, own - window * self._branches, self._lengths + left)
+                # A row shorter than the window leaves nothing: its own slot is seen next.
+                mask.scatter_(2, torch.where(gone >= 0, gone, own), -torch.inf)
+            mask.scatter_(2, own, 0.0)
+        step.add_(1)
 
     def read(self, first: int, last: int, limit: int) -> Tensor | dict[str, Tensor]:
         """Return the masks [rows, 1, branches, limit] of some rows; a dictionary if there are kinds."""
@@ -76,17 +81,16 @@ class TreeMask:
 
 def causal_masks(
     windows: Mapping[str, int | None],
-    starts: Sequence[int],
+    starts: Tensor,
     queries: int,
     limit: int,
     *,
     dtype: torch.dtype,
-    device: torch.device,
 ) -> Tensor | dict[str, Tensor]:
     """Return masks [rows, 1, queries, limit] for rows fed with `queries` tokens behind `starts`."""
+    device = starts.device
     slots = torch.arange(limit, device=device)
-    at = torch.tensor(starts, device=device)[:, None] + torch.arange(queries, device=device)
-    at = at[:, None, :, None]
+    at = (starts[:, None] + torch.arange(queries, device=device))[:, None, :, None]
     masks = {}
     for kind, window in windows.items():
         visible = slots <= at

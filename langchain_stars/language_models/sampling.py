@@ -4,13 +4,52 @@ Knows logits, sampling settings and uniform numbers; nothing of models or caches
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from langchain_stars.language_models.base import Sampling
+from langchain_stars.packing import to_device
 
 _NUCLEUS_GUESS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Warpers:
+    """Which warpers some settings need; what was recorded for these fits all that need the same.
+
+    Attributes:
+        greedy: Whether some rows take the likeliest token.
+        all_greedy: Whether all do.
+        penalty: Whether some rows penalise what they hold.
+        temperature: Whether some rows divide their logits.
+        most_k: At least the largest of the rows' top-k; 0 where there is none.
+        top_p: Whether some rows cut by cumulative probability.
+        min_p: Whether some rows cut by relative probability.
+    """
+
+    greedy: bool
+    all_greedy: bool
+    penalty: bool
+    temperature: bool
+    most_k: int
+    top_p: bool
+    min_p: bool
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling]) -> "Warpers":
+        """Return what the settings of some rows need."""
+        most_k = max((s.top_k or 0 for s in samplings), default=0)
+        return cls(
+            greedy=any(s.temperature == 0 for s in samplings),
+            all_greedy=all(s.temperature == 0 for s in samplings),
+            penalty=any(s.repetition_penalty != 1 for s in samplings),
+            temperature=any(s.temperature not in (0, 1) for s in samplings),
+            most_k=1 << (most_k - 1).bit_length() if most_k else 0,
+            top_p=any(s.top_p < 1 for s in samplings),
+            min_p=any(s.min_p > 0 for s in samplings),
+        )
 
 
 class Sampler:
@@ -25,6 +64,7 @@ class Sampler:
         samplings: Settings of each row.
         hidden: Which tokens are never drafted; None hides none.
         device: Where logits lie.
+        asks: Whether the host may wait for the device to spare it work; None where that is cheap.
     """
 
     def __init__(
@@ -33,31 +73,24 @@ class Sampler:
         *,
         hidden: Tensor | None,
         device: torch.device,
+        asks: bool | None = None,
     ) -> None:
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
-
+        self.warpers = warpers = Warpers.of(samplings)
         self._hidden = hidden
-        self._all_greedy = all(s.temperature == 0 for s in samplings)
-        self._greedy: Tensor | None = None
-        if any(s.temperature == 0 for s in samplings):
-            self._greedy = torch.tensor([s.temperature == 0 for s in samplings], device=device)
-        self._penalty: Tensor | None = None
-        if any(s.repetition_penalty != 1 for s in samplings):
-            self._penalty = column([s.repetition_penalty for s in samplings])
-        self._temperature: Tensor | None = None
-        if any(s.temperature not in (0, 1) for s in samplings):
-            self._temperature = column([s.temperature or 1.0 for s in samplings])
-        self._top_k: Tensor | None = None
-        self._most_k = max((s.top_k or 0 for s in samplings), default=0)
-        if self._most_k:
-            self._top_k = torch.tensor([s.top_k or 0 for s in samplings], device=device)
-        self._top_p: Tensor | None = None
-        if any(s.top_p < 1 for s in samplings):
-            self._top_p = column([s.top_p for s in samplings])
-        self._min_p: Tensor | None = None
-        if any(s.min_p > 0 for s in samplings):
-            self._min_p = column([s.min_p for s in samplings])
+        self._asks = device.type != "cuda" if asks is None else asks
+        self._settings = to_device(_table(samplings), device)
+        penalty, temperature, top_p, min_p = self._settings[:4, :, None, None]
+        self._penalty = penalty if warpers.penalty else None
+        self._temperature = temperature if warpers.temperature else None
+        self._top_k = self._settings[4] if warpers.most_k else None
+        self._top_p = top_p if warpers.top_p else None
+        self._min_p = min_p if warpers.min_p else None
+        self._greedy = self._settings[5] if warpers.greedy else None
+
+    def load(self, samplings: Sequence[Sampling]) -> None:
+        """Take other settings for the rows, in place; they need the same warpers."""
+        assert Warpers.of(samplings) == self.warpers
+        self._settings.copy_(to_device(_table(samplings), self._settings.device))
 
     @property
     def remembers(self) -> bool:
@@ -85,15 +118,14 @@ class Sampler:
             penalty = self._penalty[rows]
             penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
             scores = torch.where(seen, penalised, scores)
-        if self._all_greedy:
+        if self.warpers.all_greedy:
             return scores
         if self._temperature is not None:
             scores = scores / self._temperature[rows]
         if self._top_k is not None:
-            scores = _keep_top_k(scores, self._top_k[rows], self._most_k)
+            scores = _keep_top_k(scores, self._top_k[rows].long(), self.warpers.most_k)
         if self._top_p is not None:
-            most_kept = self._most_k if self._top_k is not None else 0
-            scores = _keep_top_p(scores, self._top_p[rows], most_kept)
+            scores = _keep_top_p(scores, self._top_p[rows], self.warpers.most_k, asks=self._asks)
         if self._min_p is not None:
             probabilities = scores.softmax(-1)
             least = self._min_p[rows] * probabilities.amax(-1, keepdim=True)
@@ -121,7 +153,7 @@ class Sampler:
             likeliest = scores.argmax(-1)
             highest = scores.gather(-1, likeliest[..., None])[..., 0]
             likeliest = likeliest.masked_fill(~highest.isfinite(), -1).expand(numbers.shape)
-            if self._all_greedy:
+            if self.warpers.all_greedy:
                 return likeliest
         wide = scores if scores.device.type == "mps" else scores.double()
         cumulative = wide.softmax(-1).cumsum(-1)
@@ -133,8 +165,23 @@ class Sampler:
         picked = picked.masked_fill(~total.isfinite(), -1)
         if likeliest is not None:
             assert self._greedy is not None
-            picked = torch.where(self._greedy[rows, None], likeliest, picked)
+            picked = torch.where(self._greedy[rows, None] > 0, likeliest, picked)
         return picked
+
+
+def _table(samplings: Sequence[Sampling]) -> Tensor:
+    """Return the settings of each row, one below the other, [6, rows]."""
+    return torch.tensor(
+        [
+            [s.repetition_penalty for s in samplings],
+            [s.temperature or 1.0 for s in samplings],
+            [s.top_p for s in samplings],
+            [s.min_p for s in samplings],
+            [s.top_k or 0 for s in samplings],
+            [s.temperature == 0 for s in samplings],
+        ],
+        dtype=torch.float32,
+    )
 
 
 def _keep_top_k(scores: Tensor, top_k: Tensor, most: int) -> Tensor:
@@ -146,15 +193,16 @@ def _keep_top_k(scores: Tensor, top_k: Tensor, most: int) -> Tensor:
     return scores.masked_fill(scores < least, -torch.inf)
 
 
-def _keep_top_p(scores: Tensor, top_p: Tensor, most_kept: int) -> Tensor:
+def _keep_top_p(scores: Tensor, top_p: Tensor, most_kept: int, *, asks: bool) -> Tensor:
     """Cut every token whose likelier tokens hold `top_p` of the probability together.
 
-    The likeliest few nearly always hold it, so they are sorted first, and all only if not.
+    The likeliest few nearly always hold it, so they are sorted first, and all only if not; without
+    asking whether they do, all are sorted.
     """
     vocab = scores.shape[-1]
     partial = top_p < 1
     guess = min(max(_NUCLEUS_GUESS, most_kept), vocab)
-    if scores.device.type != "cuda":  # on CUDA the question would cost a synchronisation
+    if asks:
         likeliest, ids = scores.topk(guess, dim=-1)
         probabilities = (likeliest - scores.logsumexp(-1, keepdim=True)).exp()
         reached = probabilities.cumsum(-1)
