@@ -1,18 +1,22 @@
 """Where weights lie: one name for each device, and on a CPU laid out as it reads them fastest.
 
-Knows devices and layers; nothing of models, tokens or rewards. A product of a few rows with a large
+Knows devices, layers, adapters and quantised weights; nothing of tokens or rewards. A product of a few rows with a large
 matrix takes the time of reading the matrix. The plain kernels take up to three times that when
 there are 2 to 16 rows, which is what drafting and judging several candidates at once consists of;
 the packed ones of oneDNN do not.
 """
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.import_utils import is_accelerate_available, is_peft_available
+from transformers.utils.peft_utils import find_adapter_config_file
 
 _LEAST_WEIGHTS = 1 << 17
 _ROWS = 8
@@ -55,6 +59,73 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device)
 
 
+def base_of(name: str, *, revision: str | None = None) -> str:
+    """Return the name of the model that an adapter of PEFT was made for; a model's own name.
+
+    Args:
+        name: Folder or hub id.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        ImportError: It is an adapter, and PEFT is not installed.
+    """
+    if (Path(name) / "config.json").is_file():
+        return name
+    try:
+        found = find_adapter_config_file(name, revision=revision)
+    except OSError:  # whoever reads it says what is wrong with it
+        return name
+    if found is None:
+        return name
+    if not is_peft_available():
+        raise ImportError(f'{name} is an adapter, which needs PEFT: pip install "peft>=0.21"')
+    return str(json.loads(Path(found).read_text())["base_model_name_or_path"])
+
+
+def without_wrapper(model: Any) -> Any:
+    """Return the model of transformers inside one of PEFT, whose layers hold the adapters.
+
+    Raises:
+        ValueError: The adapter is a learned prompt, which the model inside knows nothing of.
+    """
+    adapters = getattr(model, "peft_config", None)
+    if not adapters or not hasattr(model, "get_base_model"):
+        return model
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
+        raise ValueError("`model` must have adapters inside its layers, got a learned prompt")
+    return model.get_base_model()
+
+
+def input_device(model: Any) -> torch.device:
+    """Return where a model takes token ids: where its embeddings are, or are brought when used."""
+    embeddings = model.get_input_embeddings()
+    device: torch.device = embeddings.weight.device
+    if device.type != "meta":
+        return device
+    hook = getattr(embeddings, "_hf_hook", None)
+    for each in getattr(hook, "hooks", [hook]):
+        where = getattr(each, "execution_device", None)
+        if where is not None:
+            return torch.device(where)
+    return device
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether a model, or one of that configuration, must be neither moved nor cast nor packed."""
+    return any(
+        getattr(model, attribute, None) is not None
+        for attribute in ("hf_quantizer", "quantization_method", "quantization_config")
+    )
+
+
+def placed(device: str) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that load quantised weights to a device.
+
+    They cannot be moved later, and some kinds would go to a device of their own choice.
+    """
+    return {"device_map": {"": device}} if is_accelerate_available() else {}
+
+
 class PackedLinear(nn.Module):
     """A linear layer with packed weights, for inference on a CPU in float32.
 
@@ -82,12 +153,13 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether a model runs on the CPU in float32, without hooks, where packing is to be had."""
+    """Whether a model runs on the CPU in plain float32, without hooks, where packing is had."""
     return (
         torch._C._has_mkldnn
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and getattr(model, "hf_device_map", None) is None
+        and not is_quantised(model)
         and all(
             parameter.device.type == "cpu" and parameter.dtype == torch.float32
             for parameter in model.parameters()

@@ -6,7 +6,6 @@ nothing of rewards, thresholds or LangChain.
 
 import hashlib
 import itertools
-import json
 import logging
 import os
 import re
@@ -44,7 +43,17 @@ from langchain_stars.language_models.drafters import (
 )
 from langchain_stars.language_models.network import Network
 from langchain_stars.language_models.steps import CudaRecorder, Runner, Steps
-from langchain_stars.packing import can_pack, device_name, pack, share_weights
+from langchain_stars.packing import (
+    base_of,
+    can_pack,
+    device_name,
+    input_device,
+    is_quantised,
+    pack,
+    placed,
+    share_weights,
+    without_wrapper,
+)
 from langchain_stars.prompts import PromptStore
 from langchain_stars.ragged_cache import ATTENTION
 from langchain_stars.templates import TextEncoder, encode_chat, vocabulary_of
@@ -281,6 +290,7 @@ class LocalLanguageModel(LanguageModel):
             raise ValueError(f"`prompt_bytes` must be at least 0, got {prompt_bytes}")
         if context_length is not None and context_length < 2:
             raise ValueError(f"`context_length` must be at least 2, got {context_length}")
+        model = without_wrapper(model)
         self._given = None if isinstance(model, str | os.PathLike) else model
         if isinstance(model, str | os.PathLike):
             name = _checked_name(os.fspath(model))
@@ -288,7 +298,7 @@ class LocalLanguageModel(LanguageModel):
             if tokenizer is None:
                 raise ValueError("`tokenizer` must be given with a loaded model, got None")
             name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-            device = device or next(model.parameters()).device
+            device = device or input_device(model)
         self._name = name
         self._device = device_name(device)
         if steps == "graphs" and not self._device.startswith("cuda"):
@@ -409,10 +419,7 @@ class LocalLanguageModel(LanguageModel):
     @cached_property
     def _base_name(self) -> str:
         """Whose configuration the model has: of an adapter, its base's."""
-        adapter = Path(self._name) / "adapter_config.json"
-        if not adapter.is_file():
-            return self._name
-        return str(json.loads(adapter.read_text())["base_model_name_or_path"])
+        return base_of(self._name, revision=self._source.revision)
 
     @cached_property
     def _tokenizer_name(self) -> str:
@@ -451,10 +458,13 @@ class LocalLanguageModel(LanguageModel):
         if self._given is not None:
             for parameter_name, parameter in self._given.state_dict().items():
                 digest.update(f"{parameter_name}{tuple(parameter.shape)}".encode())
-                sample = parameter.flatten()[:: max(1, parameter.numel() // 64)]
-                digest.update(repr(sample.float().tolist()).encode())
+                for tensor in _plain_parts(parameter):
+                    sample = tensor.flatten()[:: max(1, tensor.numel() // 64)]
+                    digest.update(repr(sample.float().tolist()).encode())
         elif folder.is_dir():
             _digest_folder(digest, folder)
+            if self._base_name != self._name and Path(self._base_name).is_dir():
+                _digest_folder(digest, Path(self._base_name))
         else:
             commit = getattr(self._config, "_commit_hash", None)
             digest.update(f"{self._name}@{commit}".encode())
@@ -672,6 +682,8 @@ class LocalLanguageModel(LanguageModel):
             arguments: dict[str, Any] = dict(self._settings)
             if self._device_map is not None:
                 arguments["device_map"] = self._device_map
+            elif "quantization_config" in arguments or is_quantised(self._config):
+                arguments |= placed(self._device)
             own_dtype = self._source.dtype == "auto" and self._device_map is not None
             with _quietly(Path(self._name).is_dir()):
                 model = self._read(
@@ -680,8 +692,7 @@ class LocalLanguageModel(LanguageModel):
                     use_safetensors=True,
                     **arguments,
                 )
-            quantised = getattr(model, "quantization_method", None) is not None
-            if self._device_map is None and not quantised:
+            if self._device_map is None and not is_quantised(model):
                 model = model.to(self._device)
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
@@ -729,8 +740,8 @@ class LocalLanguageModel(LanguageModel):
         config = model.config.get_text_config()
         vocab = int(config.vocab_size)
         device = torch.device(self._device)
-        if self._device_map is not None:
-            device = model.get_input_embeddings().weight.device
+        if self._device_map is not None or is_quantised(model):
+            device = input_device(model)
         accepted = inspect.signature(type(model).forward).parameters
         ends, hidden = self._control_ids(model, vocab)
         marks = torch.zeros((2, vocab), dtype=torch.bool)
@@ -904,6 +915,16 @@ def _digest_folder(digest: Any, folder: Path) -> None:
             for part in range(64):
                 file.seek(part * (size - _SAMPLE_BYTES) // 63)
                 digest.update(file.read(_SAMPLE_BYTES))
+
+
+def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return what a tensor consists of: a quantised one, of several; one that is elsewhere, none."""
+    if tensor.is_meta:
+        return []
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _plain_parts(getattr(tensor, name))]
 
 
 def _free_bytes(device: str) -> int | None:
