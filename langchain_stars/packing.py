@@ -78,7 +78,7 @@ def base_of(name: str, *, revision: str | None = None) -> str:
     if found is None:
         return name
     if not is_peft_available():
-        raise ImportError(f'{name} is an adapter, which needs PEFT: pip install "peft>=0.21"')
+        raise ImportError(f'{name} is an adapter: pip install "langchain-stars[peft]"')
     return str(json.loads(Path(found).read_text())["base_model_name_or_path"])
 
 
