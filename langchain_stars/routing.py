@@ -7,16 +7,18 @@ is too long, an answer that is no route, or a thread that cannot be judged all s
 
 import asyncio
 import contextvars
+import hashlib
 import inspect
 import json
 import logging
 import math
+import os
 import re
 import threading
 import unicodedata
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 from langchain_core.messages import (
@@ -28,7 +30,7 @@ from langchain_core.messages import (
     SystemMessage,
 )
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import set_config_context
+from langchain_core.runnables.config import ensure_config, set_config_context
 
 from langchain_stars.engine import Engine, engine_for
 from langchain_stars.rewards.algebra import Constraint
@@ -132,6 +134,12 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
     The system message that begins a thread is the application's own and is not judged, unless
     `trusts_system` is false: say so where callers write the whole thread.
 
+    What was judged of a thread is not judged again at its next turn, as long as it is remembered:
+    a number for each message, under a hash of it, of the thread's id and of the reward's identity.
+    The id is the `thread_id` of the call's configuration, as a checkpointer wants it; so nobody's
+    waiting time tells what others have said. A thread without one is judged anew each time, unless
+    `partition` names those who may share.
+
     Attributes:
         reward: What is asked.
         floor: The reward below which a turn is guarded, in the reward's units.
@@ -140,8 +148,12 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
         piece_characters: Characters, at least 20, of the pieces in which longer messages are judged
             too, each overlapping the one before by half: a sentence of a long message is noticed
             that the message around it would hide.
-        max_views: Most pieces of text judged for a thread, at least 1; a thread that needs more is
-            guarded without asking, and so is every turn of a thread that has grown so long.
+        max_views: Most pieces of text judged at a turn, at least 1. A turn of a thread that needs
+            more is guarded; what was judged of it is remembered, so that a long thread is not
+            guarded for good. A message that needs more by itself is never judged.
+        max_kept: Most messages, at least 0, that are remembered as judged, of all threads.
+        partition: Name of those whose calls share what is remembered where they have no thread id;
+            none do if it is empty.
         trusts_system: Whether the system message that begins a thread is left out.
         latin_only: Whether the reward reads Latin letters only: a thread is guarded without asking
             where most letters of a message, or of a piece of one, are others.
@@ -155,6 +167,8 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
         max_characters: See above.
         piece_characters: See above.
         max_views: See above.
+        max_kept: See above.
+        partition: See above.
         trusts_system: See above.
         latin_only: See above.
         timeout: See above.
@@ -173,6 +187,8 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
         max_characters: int = 2000,
         piece_characters: int = 300,
         max_views: int = 64,
+        max_kept: int = 1 << 16,
+        partition: str = "",
         trusts_system: bool = True,
         latin_only: bool = False,
         timeout: float | None = 5.0,
@@ -192,6 +208,7 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
             ("max_characters", max_characters, 100),
             ("piece_characters", piece_characters, 20),
             ("max_views", max_views, 1),
+            ("max_kept", max_kept, 0),
         ):
             if value < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}")
@@ -203,10 +220,15 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
         self.max_characters = max_characters
         self.piece_characters = piece_characters
         self.max_views = max_views
+        self.max_kept = max_kept
+        self.partition = partition
         self.trusts_system = trusts_system
         self.latin_only = latin_only
         self.timeout = timeout
         self.device = device
+        self._kept: dict[bytes, float] = {}
+        self._lock = threading.Lock()
+        self._secret = os.urandom(32)  # the hashes cannot be made by anybody else
 
     def invoke(
         self,
@@ -215,11 +237,13 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
         **kwargs: Any,
     ) -> Decision:
         """Return the route of a thread, and why."""
-        chats = self._views(input)
-        if isinstance(chats, Decision):
-            return chats
-        engine = self._engine()
-        return self._decide(engine.judge(self.reward, chats, timeout=self.timeout))
+        question = self._question(input, config)
+        if isinstance(question, Decision):
+            return question
+        answers: Sequence[float | None] = []
+        if question.chats:
+            answers = self._engine().judge(self.reward, question.chats, timeout=self.timeout)
+        return self._decide(question, answers)
 
     async def ainvoke(
         self,
@@ -228,11 +252,14 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
         **kwargs: Any,
     ) -> Decision:
         """Await the route of a thread, and why."""
-        chats = await asyncio.to_thread(self._views, input)
-        if isinstance(chats, Decision):
-            return chats
-        engine = self._engine()
-        return self._decide(await engine.ajudge(self.reward, chats, timeout=self.timeout))
+        question = await asyncio.to_thread(self._question, input, config)
+        if isinstance(question, Decision):
+            return question
+        answers: Sequence[float | None] = []
+        if question.chats:
+            engine = self._engine()
+            answers = await engine.ajudge(self.reward, question.chats, timeout=self.timeout)
+        return self._decide(question, answers)
 
     __call__ = invoke
 
@@ -244,34 +271,112 @@ class RewardRouter(Runnable[Sequence[BaseMessage], Answer]):
         devices = [getattr(leaf.scorer, "device", None) for leaf in self.reward.leaves]
         return engine_for(self.device or next(filter(None, devices), "cpu"))
 
-    def _views(self, messages: Sequence[BaseMessage]) -> "list[Chat] | Decision":
+    def _question(
+        self, messages: Sequence[BaseMessage], config: RunnableConfig | None
+    ) -> "_Question | Decision":
+        """Return what is to be asked about a thread, or the decision where nothing can be."""
+        doubt = Decision(route="guarded", reason="unreadable", floor=self.floor)
         try:
-            chats = views(
-                messages,
-                num_turns=self.num_turns,
-                max_characters=self.max_characters,
-                piece_characters=self.piece_characters,
-                max_views=self.max_views,
-                trusts_system=self.trusts_system,
-            )
+            units = _units(messages, num_turns=self.num_turns, trusts_system=self.trusts_system)
         except UnreadableError:
-            return Decision(route="guarded", reason="unreadable", floor=self.floor)
-        if not chats:
+            return doubt
+        if not units:
             return Decision(route="guarded", reason="empty", floor=self.floor)
-        if self.latin_only and any(
-            len(chat) == 1 and _is_foreign(chat[0]["content"]) for chat in chats
-        ):
-            return Decision(route="guarded", reason="unreadable", floor=self.floor)
-        return chats
+        scope = self._scope(config)
+        question = _Question()
+        unknown: list[tuple[bytes, _Unit]] = []
+        for unit in reversed(units):
+            key = unit.key(self._secret, scope) if scope else b""
+            value = self._recall(key)
+            if value is None:
+                unknown.append((key, unit))
+            else:
+                question.known.append(value)
+        # Checked first, for to undo the disguises of a long text takes seconds.
+        most = room = _most_characters(self.max_views, self.max_characters)
+        if not scope and sum(unit.num_own for _, unit in unknown) > most:
+            return doubt
+        # The newest first, but for the conversation: what there is no room for is judged later.
+        unknown.sort(key=lambda each: not each[1].is_conversation)
+        places: dict[tuple[_Part, ...], int] = {}
+        for key, unit in unknown:
+            fits = unit.num_own <= room and unit.num_characters <= most
+            views = unit.views(self.max_characters, self.piece_characters) if fits else []
+            if not fits or len(places) + len(set(views) - set(places)) > self.max_views:
+                if not scope:
+                    return doubt
+                question.whole = False
+                continue
+            room -= unit.num_own
+            if self.latin_only and any(
+                len(view) == 1 and _is_foreign(view[0][1]) for view in views
+            ):
+                return doubt
+            of_unit = [places.setdefault(view, len(places)) for view in views]
+            question.asked.append((key, of_unit))
+        question.chats = [_as_chat(view) for view in places]
+        return question
 
-    def _decide(self, values: Sequence[float | None]) -> Decision:
-        rewards = [value for value in values if value is not None]
-        if len(rewards) < len(values):
+    def _scope(self, config: RunnableConfig | None) -> bytes:
+        """Return what must agree for a value to be used again; nothing where none may be."""
+        thread = (ensure_config(config).get("configurable") or {}).get("thread_id") or ""
+        if not (thread or self.partition) or not self.max_kept or not self.reward.versioned:
+            return b""
+        settings = (self.max_characters, self.piece_characters, self.latin_only)
+        named = (str(thread), self.partition, self.reward.fingerprint, settings)
+        return json.dumps(named).encode()
+
+    def _recall(self, key: bytes) -> float | None:
+        with self._lock:
+            value = self._kept.pop(key, None)
+            if value is not None:
+                self._kept[key] = value  # the last to be forgotten
+            return value
+
+    def _keep(self, values: Iterable[tuple[bytes, float]]) -> None:
+        with self._lock:
+            self._kept.update((key, value) for key, value in values if key)
+            while len(self._kept) > self.max_kept:
+                del self._kept[next(iter(self._kept))]
+
+    def _decide(self, question: "_Question", answers: Sequence[float | None]) -> Decision:
+        judged = [
+            (key, [answers[place] for place in places]) for key, places in question.asked if places
+        ]
+        rewards = [(key, _least(values)) for key, values in judged]
+        fresh = [(key, reward) for key, reward in rewards if reward is not None]
+        self._keep(fresh)
+        if len(fresh) < len(rewards):
             return Decision(route="guarded", reason="error", floor=self.floor)
-        worst = min(rewards)
-        if worst >= self.floor:
-            return Decision(route="fast", reason="safe", reward=worst, floor=self.floor)
-        return Decision(route="guarded", reason="sensitive", reward=worst, floor=self.floor)
+        worst = min([*question.known, *(reward for _, reward in fresh)], default=math.inf)
+        if worst < self.floor:
+            return Decision(route="guarded", reason="sensitive", reward=worst, floor=self.floor)
+        if not question.whole:
+            return Decision(route="guarded", reason="unreadable", floor=self.floor)
+        return Decision(route="fast", reason="safe", reward=worst, floor=self.floor)
+
+
+@dataclass(slots=True)
+class _Question:
+    """What a reward is asked about a thread.
+
+    Attributes:
+        known: What it said at earlier turns.
+        chats: What it is asked now.
+        asked: For each unit that they show, its key and their places among `chats`.
+        whole: Whether nothing is left.
+    """
+
+    known: list[float] = field(default_factory=list)
+    chats: list[Chat] = field(default_factory=list)
+    asked: list[tuple[bytes, list[int]]] = field(default_factory=list)
+    whole: bool = True
+
+
+def _least(values: Sequence[float | None]) -> float | None:
+    """Return the least of some values; None where one of them is missing."""
+    present = [value for value in values if value is not None]
+    return min(present) if len(present) == len(values) else None
 
 
 # Asking a router
@@ -477,50 +582,93 @@ class UnreadableError(ValueError):
     """A thread holds what cannot be judged; says of which type or how much, and no more."""
 
 
-def views(
-    messages: Sequence[BaseMessage],
-    *,
-    num_turns: int,
-    max_characters: int,
-    piece_characters: int,
-    max_views: int,
-    trusts_system: bool,
-) -> list[Chat]:
-    """Return the chats, each to be judged with an empty reply, that show what a thread asks.
+def _most_characters(max_views: int, max_characters: int) -> int:
+    """Return how many characters some chats show, at most: pieces overlap by half."""
+    return (max_views + 1) * max_characters // 2
+
+
+def _as_chat(parts: Iterable[_Part]) -> Chat:
+    return [{"role": role, "content": text} for role, text in parts]
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """What is judged as one: a message, the messages of a turn, or the end of a conversation.
+
+    Attributes:
+        parts: Role and text of its messages.
+        is_conversation: Whether roles are shown; else it is the user's text.
+    """
+
+    parts: tuple[_Part, ...]
+    is_conversation: bool = False
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of its messages."""
+        return sum(len(text) for _, text in self.parts)
+
+    @property
+    def num_own(self) -> int:
+        """Characters that no other unit has."""
+        if self.is_conversation:
+            return sum(len(text) for role, text in self.parts if role != "user")
+        return len(self.parts[0][1]) if len(self.parts) == 1 else 0
+
+    def key(self, secret: bytes, scope: bytes) -> bytes:
+        """Return a hash of it, within a scope."""
+        text = json.dumps((self.is_conversation, self.parts)).encode()
+        return hashlib.blake2b(
+            len(scope).to_bytes(8, "big") + scope + text, key=secret, digest_size=20
+        ).digest()
+
+    def views(self, max_characters: int, piece_characters: int) -> list[tuple[_Part, ...]]:
+        """Return the chats that show it, each to be judged with an empty reply.
+
+        It is shown as it is, as it reads, and with what it hides.
+
+        Args:
+            max_characters: Most characters of a chat; a text that is longer is shown in pieces.
+            piece_characters: Characters of pieces in which texts that are longer are shown too.
+        """
+        chats: dict[tuple[_Part, ...], None] = {}
+        for plain in (_as_it_is, _as_it_reads, _with_what_it_hides):
+            shown = [(role, plain(text)) for role, text in self.parts]
+            if self.is_conversation:
+                chats.update(dict.fromkeys(_last(_merged(shown), max_characters)))
+                continue
+            text = "\n\n".join(text for _, text in shown).strip()
+            for length in (max_characters, piece_characters):
+                for piece in _pieces(text, length):
+                    chats[(("user", piece),)] = None
+        return list(chats)
+
+
+def _units(
+    messages: Sequence[BaseMessage], *, num_turns: int, trusts_system: bool
+) -> "list[_Unit]":
+    """Return what is judged of a thread, each once: the conversation, then from its beginning on.
 
     Args:
         messages: The thread.
         num_turns: Turns from the end that are shown together, at least 1. A turn begins at a human
             message that does not follow another.
-        max_characters: Most characters of a chat; a message that is longer is shown in pieces.
-        piece_characters: Characters of pieces in which messages that are longer are shown too.
-        max_views: Most chats, at least 1.
         trusts_system: Whether the system message that begins the thread is left out.
 
     Raises:
-        UnreadableError: A message holds something that is not text, or there are more chats.
+        UnreadableError: A message holds something that is not text.
     """
     turns = _turns(messages, trusts_system=trusts_system)
-    earlier, latest = turns[:-num_turns], turns[-num_turns:]
-    judged = [[part for part in turn if part[0] == "user"] for turn in earlier] + latest
-    # Pieces overlap by half. Checked first, for to undo the disguises of a long text takes seconds.
-    num_characters = sum(len(text) for turn in judged for _, text in turn)
-    if num_characters > (max_views + 1) * max_characters // 2:
-        raise UnreadableError(f"{num_characters} characters are more than {max_views} chats show")
-    chats: dict[tuple[_Part, ...], None] = {}
-    for plain in (_as_it_is, _as_it_reads, _with_what_it_hides):
-        shown = [[(role, plain(text)) for role, text in turn] for turn in judged]
-        whole = _merged(part for turn in shown[len(earlier) :] for part in turn)
-        chats.update(dict.fromkeys(_last(whole, max_characters)))
-        for turn in shown:
-            texts = [text for role, text in turn if role == "user"]
-            for text in (*texts, "\n\n".join(texts)):
-                for length in (max_characters, piece_characters):
-                    for piece in _pieces(text.strip(), length):
-                        chats[(("user", piece),)] = None
-            if len(chats) > max_views:
-                raise UnreadableError(f"the thread takes more than {max_views} chats")
-    return [[{"role": role, "content": text} for role, text in chat] for chat in chats if chat]
+    units: dict[_Unit, None] = {}
+    conversation = tuple(part for turn in turns[-num_turns:] for part in turn)
+    if len(conversation) > 1:
+        units[_Unit(conversation, is_conversation=True)] = None
+    for turn in turns:
+        asked = tuple(part for part in turn if part[0] == "user")
+        units.update((_Unit((part,)), None) for part in asked)
+        if len(asked) > 1:
+            units[_Unit(asked)] = None
+    return list(units)
 
 
 def _turns(messages: Sequence[BaseMessage], *, trusts_system: bool) -> list[list[_Part]]:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import (
     AIMessage,
     BaseMessage,
@@ -18,9 +20,10 @@ from langchain_core.messages import (
     SystemMessage,
     ToolMessage,
 )
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import RunnableConfig, RunnableLambda
+from langgraph.checkpoint.memory import InMemorySaver
 
-from langchain_stars import routing
+from langchain_stars import ChatStars, create_guarded_chat, routing
 from langchain_stars.engine import (
     DeadlineExceededError,
     Engine,
@@ -36,7 +39,6 @@ from langchain_stars.routing import (
     adecide,
     decide,
     safety_router,
-    views,
 )
 from langchain_stars.testing import ScriptedLanguageModel, TableReward
 
@@ -108,16 +110,13 @@ def router() -> RewardRouter:
     return RewardRouter(as_reward(words), floor=0.5)
 
 
-def shown(messages: Sequence[BaseMessage], **settings: Any) -> list[Chat]:
+def shown(
+    messages: Sequence[BaseMessage], *, num_turns: int = 3, max_characters: int = 1000
+) -> list[Chat]:
     """Returns what a thread shows of itself."""
-    defaults: dict[str, Any] = {
-        "num_turns": 3,
-        "max_characters": 1000,
-        "piece_characters": 300,
-        "max_views": 1000,
-        "trusts_system": True,
-    }
-    return views(messages, **{**defaults, **settings})
+    units = routing._units(messages, num_turns=num_turns, trusts_system=True)
+    views = dict.fromkeys(view for unit in units for view in unit.views(max_characters, 300))
+    return [routing._as_chat(view) for view in views]
 
 
 def route(router: Any, *thread: BaseMessage | str, **settings: Any) -> Decision:
@@ -276,6 +275,181 @@ def test_a_thread_that_has_grown_too_long_is_doubt():
     assert route(router, *thread[:-1]).reason == "unreadable"
 
 
+# What is remembered of a thread
+
+
+def in_thread(name: str) -> RunnableConfig:
+    return {"configurable": {"thread_id": name}}
+
+
+def recording(**settings: Any) -> tuple[RewardRouter, list[str]]:
+    """Returns a router and the texts that its reward has been asked about."""
+    asked: list[str] = []
+
+    def reward(prompts: list[list[dict[str, str]]], **_: Any) -> list[float]:
+        asked.extend(text_of(prompt) for prompt in prompts)
+        return words(prompts)
+
+    return RewardRouter(as_reward(reward, version="1"), floor=0.5, **settings), asked
+
+
+def test_a_message_of_a_thread_is_judged_once():
+    router, asked = recording()
+    thread: list[BaseMessage] = []
+    for number in range(30):
+        thread.append(HumanMessage(f"Question {number}"))
+        del asked[:]
+        assert router.invoke(thread, in_thread("one")).route == "fast"
+        assert f"Question {number}" in asked
+        # The conversation is new at every turn; of what was said before, nothing is.
+        assert len(asked) == (1 if number == 0 else 2)
+        thread.append(AIMessage("Yes."))
+    del asked[:]
+    assert asyncio.run(router.ainvoke(thread[:-1], in_thread("one"))).route == "fast"
+    assert asked == []
+
+
+def test_what_is_remembered_is_what_would_be_said_again():
+    """The twin that remembers nothing says the same, whatever is said in whatever order."""
+    draw = random.Random(0)
+    said = ["Hello!", SENSITIVE, "A cake?", "And \u0430 b\u043emb?", "x " * 400, "bo", "mb"]
+    for attempt in range(12):
+        router, _ = recording(num_turns=2)
+        plain, _ = recording(num_turns=2, max_kept=0)
+        thread: list[BaseMessage] = []
+        for _turn in range(8):
+            for _message in range(draw.choice((1, 1, 2))):
+                thread.append(HumanMessage(draw.choice(said)))
+            thread += [AIMessage("Yes.")] if draw.random() < 0.2 else []
+            config = in_thread(str(attempt))
+            assert router.invoke(thread, config) == plain.invoke(thread, config)
+            thread.append(AIMessage(draw.choice(said)))
+
+
+def test_a_long_thread_is_not_guarded_for_good():
+    router, _ = recording(max_views=8)
+    thread: list[BaseMessage] = []
+    for number in range(50):
+        thread.append(HumanMessage(f"Question {number}"))
+        assert router.invoke(thread, in_thread("one")).route == "fast"
+        thread.append(AIMessage("Yes."))
+    thread.append(HumanMessage(SENSITIVE))
+    assert router.invoke(thread, in_thread("one")).reason == "sensitive"
+    thread += [AIMessage("No."), HumanMessage("And now?")]
+    assert router.invoke(thread, in_thread("one")).reason == "sensitive"
+
+
+def test_a_long_thread_that_is_not_known_is_judged_bit_by_bit():
+    """As after a restart: no more is judged at a turn than may be, and what is new at once."""
+    thread: list[BaseMessage] = []
+    for number in range(30):
+        thread += [HumanMessage(f"Question {number}"), AIMessage("Yes.")]
+    router, asked = recording(max_views=8)
+    reasons = []
+    for number in range(8):
+        thread.append(HumanMessage(f"Further {number}"))
+        del asked[:]
+        reasons.append(router.invoke(thread, in_thread("one")).reason)
+        assert len(asked) <= 8
+        assert f"Further {number}" in asked
+        thread.append(AIMessage("Yes."))
+    assert reasons[:4] == ["unreadable"] * 4
+    assert reasons[-2:] == ["safe"] * 2
+
+    thread[0] = HumanMessage(SENSITIVE)
+    assert router.invoke(thread[:-1], in_thread("one")).reason == "sensitive"
+    other, _ = recording(max_views=8)
+    thread[-2] = HumanMessage(SENSITIVE)
+    assert other.invoke(thread[:-1], in_thread("one")).reason == "sensitive"
+
+
+def test_threads_share_nothing_and_calls_without_one_only_in_a_partition():
+    router, asked = recording()
+    thread = [HumanMessage("Hello!")]
+    for name, times in (("one", 1), ("two", 1), ("one", 0), ("two", 0)):
+        del asked[:]
+        router.invoke(thread, in_thread(name))
+        assert len(asked) == times
+    for times in (1, 1):
+        del asked[:]
+        router.invoke(thread)
+        assert len(asked) == times
+    shared, asked = recording(partition="all of us")
+    for times in (1, 0):
+        del asked[:]
+        shared.invoke(thread)
+        assert len(asked) == times
+
+
+def test_what_is_remembered_holds_no_text_and_has_an_end():
+    router, asked = recording(max_kept=3)
+    for number in range(9):
+        router.invoke([HumanMessage(f"Question {number}")], in_thread("one"))
+    assert len(router._kept) == 3
+    for key, value in router._kept.items():
+        assert isinstance(key, bytes)
+        assert len(key) == 20
+        assert value == 0.9
+    # Made with a secret of its own, so that whoever reads it cannot look for what was said.
+    other, _ = recording(max_kept=3)
+    other.invoke([HumanMessage("Question 8")], in_thread("one"))
+    assert not set(other._kept) & set(router._kept)
+    del asked[:]
+    router.invoke([HumanMessage("Question 8")], in_thread("one"))
+    assert asked == []
+    router.invoke([HumanMessage("Question 0")], in_thread("one"))
+    assert asked == ["Question 0"]
+
+
+def test_another_reward_or_other_settings_are_asked_anew():
+    router, asked = recording()
+    thread = [HumanMessage("Hello!")]
+    router.invoke(thread, in_thread("one"))
+    router.reward = as_reward(words, version="2")
+    del asked[:]
+    router.invoke(thread, in_thread("one"))
+    assert len(router._kept) == 2
+    router.piece_characters = 20
+    router.invoke(thread, in_thread("one"))
+    assert len(router._kept) == 3
+
+
+def test_what_a_reward_without_a_version_says_is_not_remembered():
+    """Such a function may say something else the next time."""
+    values = iter((0.9, 0.1))
+    router = RewardRouter(as_reward(lambda prompts, completions: [next(values)]), floor=0.5)
+    assert router.invoke([HumanMessage("Hello!")], in_thread("one")).route == "fast"
+    assert router.invoke([HumanMessage("Hello!")], in_thread("one")).route == "guarded"
+
+
+def test_a_failure_is_not_remembered():
+    values = iter((math.nan, 0.9))
+    reward = as_reward(lambda prompts, completions: [next(values)], name="moody", version="1")
+    router = RewardRouter(reward, floor=0.5)
+    assert router.invoke([HumanMessage("Hello!")], in_thread("one")).reason == "error"
+    assert router.invoke([HumanMessage("Hello!")], in_thread("one")).reason == "safe"
+
+
+def test_a_graph_names_the_thread_to_its_router():
+    router, asked = recording()
+    model = GenericFakeChatModel(messages=iter(["Yes."] * 4))
+    graph = create_guarded_chat(
+        guarded=ChatStars(
+            model=ScriptedLanguageModel(lambda completion: {"": 1.0}),
+            constraints=[TableReward({"": 1.0}) >= 0.5],
+        ),
+        fast=model,
+        router=router,
+    ).compile(checkpointer=InMemorySaver())
+    for number in range(4):
+        del asked[:]
+        graph.invoke({"messages": [("user", f"Question {number}")]}, in_thread("one"))
+        assert len(asked) == (1 if number == 0 else 2)
+
+
+# How it is judged
+
+
 def test_a_question_in_two_messages_is_judged_as_one():
     pair = RewardRouter(
         as_reward(
@@ -394,7 +568,11 @@ def test_a_message_that_is_too_long_is_not_even_read(monkeypatch: pytest.MonkeyP
         return normalised(text)
 
     monkeypatch.setattr(routing, "_normalised", notes)
-    for long in (["a.b " * 125_000], ["a.b " * 10_000, AIMessage("No.")] * 12):
+    several: list[Any] = []
+    for number in range(12):
+        several += [f"{number} a.b " + "a.b " * 10_000, AIMessage("No.")]
+    repeated = ["a.b " * 10_000, AIMessage("No.")] * 12
+    for long in (["a.b " * 125_000], several, repeated):
         assert route(router, *long, "Hello").reason == "unreadable"
     assert lengths == []
     assert route(router, "a.b " * 10_000).route == "fast"
