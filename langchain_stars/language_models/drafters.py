@@ -145,7 +145,7 @@ class _Draws:
         self.step += 1
         if not (
             self._streamed
-            or self._network.device.type == "cpu"
+            or not self._network.asynchronous
             or (self.step % _STEPS_BETWEEN_LOOKS == 0 and self.step < self.steps)
         ):
             return ()
@@ -206,7 +206,10 @@ class _EagerDraws(_Draws):
         self.tokens = torch.zeros(shape[:2], dtype=torch.long, device=device)  # the last ones
         self._numbers = to_device(self.numbers(self.branches, self.steps), device)
         self._sampler = Sampler(
-            [request.sampling for request in requests], hidden=network.hidden, device=device
+            [request.sampling for request in requests],
+            hidden=network.hidden,
+            device=device,
+            asks=not network.asynchronous,
         )
         self._seen: Tensor | None = None
         if self._sampler.remembers:

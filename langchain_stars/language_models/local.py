@@ -762,6 +762,7 @@ class LocalLanguageModel(LanguageModel):
             hidden=marks[1].to(device),
             cache_name="cache_params" if "cache_params" in accepted else "past_key_values",
             chunk=512 if device.type == "cpu" else 2048,
+            asynchronous=device.type != "cpu",
         )
 
     def _control_ids(self, model: Any, vocab: int) -> tuple[set[int], set[int]]:

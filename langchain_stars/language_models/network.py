@@ -27,6 +27,8 @@ class Network:
         hidden: Which token ids are never drafted, [vocab].
         cache_name: What the model calls its own cache.
         chunk: Most tokens of a prompt in one forward pass.
+        asynchronous: Whether the device works on while the host does, so that the host waits where
+            it looks at what has been computed.
     """
 
     model: Any
@@ -41,6 +43,7 @@ class Network:
     hidden: Tensor
     cache_name: str = "past_key_values"
     chunk: int = 512
+    asynchronous: bool = False
 
     def forward(
         self,

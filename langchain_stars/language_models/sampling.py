@@ -64,7 +64,7 @@ class Sampler:
         samplings: Settings of each row.
         hidden: Which tokens are never drafted; None hides none.
         device: Where logits lie.
-        asks: Whether the host may wait for the device to spare it work; None where that is cheap.
+        asks: Whether the host may look at what was computed, to spare the device work.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class Sampler:
         *,
         hidden: Tensor | None,
         device: torch.device,
-        asks: bool | None = None,
+        asks: bool = True,
     ) -> None:
         self.warpers = warpers = Warpers.of(samplings)
         self._hidden = hidden
-        self._asks = device.type != "cuda" if asks is None else asks
+        self._asks = asks
         self._settings = to_device(_table(samplings), device)
         penalty, temperature, top_p, min_p = self._settings[:4, :, None, None]
         self._penalty = penalty if warpers.penalty else None

@@ -80,11 +80,13 @@ class Recording:
     """What a runner keeps of one piece of work.
 
     Attributes:
+        compiles: Whether compiling it is worth while.
         compiled: The work, compiled.
         warm: Whether it has been done where it is recorded.
         replay: What repeats it.
     """
 
+    compiles: bool = False
     compiled: Callable[[], None] | None = None
     warm: bool = False
     replay: Callable[[], None] | None = None
@@ -104,7 +106,7 @@ class Runner:
 
     Args:
         name: Of the model, for the log.
-        compiles: Whether pieces are compiled.
+        compiles: Whether pieces for which it is worth while are compiled.
         recorder: What records them; None runs them every time.
     """
 
@@ -159,7 +161,7 @@ class Runner:
         self._recorder = None
 
     def _call(self, recording: Recording, work: Callable[[], None]) -> None:
-        if not self._compiles:
+        if not (self._compiles and recording.compiles):
             work()
             return
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
@@ -222,7 +224,7 @@ class Stage:
         self._cache = cache
         self._logits = logits
         self._runner = runner
-        self._recordings = Recording(), Recording()
+        self._recordings = Recording(), Recording(compiles=True)
         self._spare_slot = cache.num_slots - 1
         assert shape.limit <= self._spare_slot
         self._lengths = torch.ones(rows, dtype=torch.long, device=device)
