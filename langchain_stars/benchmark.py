@@ -50,6 +50,7 @@ from langchain_stars.decoder import Policy, Report
 from langchain_stars.engine import Engine, Order, Priority, SyncReply
 from langchain_stars.language_models.base import Prefix, Request, Sampling
 from langchain_stars.language_models.local import LocalLanguageModel
+from langchain_stars.language_models.steps import Steps
 from langchain_stars.packing import can_pack, pack, share_weights
 from langchain_stars.rewards.base import Completion, Leaf, Raw, Scorer, ScoreRequest, Subject
 from langchain_stars.rewards.classifiers import SequenceClassifier
@@ -446,7 +447,7 @@ class Bench:
         self.scale = scale
         self._folder = folder
         self._engines: dict[tuple[int, bool, bool], Engine] = {}
-        self._classifiers: dict[tuple[Shape, bool], SequenceClassifier] = {}
+        self._classifiers: dict[tuple[Shape, bool, int], SequenceClassifier] = {}
         self.cuda = scale.device.startswith("cuda")
 
     def now(self) -> float:
@@ -507,21 +508,28 @@ class Bench:
         return LocalLanguageModel(self.peer, tokenizer=self.tokenizer, **settings)
 
     def classifier(
-        self, shape: Shape | None = None, *, other_tokenizer: bool = False
+        self,
+        shape: Shape | None = None,
+        *,
+        other_tokenizer: bool = False,
+        prompt_bytes: int = 0,
     ) -> SequenceClassifier:
-        """Return the reward model, or one of another shape, or one that cuts text elsewhere."""
+        """Return the reward model, or one of another shape, tokenizer or store of prompts."""
         shape = shape or self.scale.reward
-        key = (shape, other_tokenizer)
+        key = (shape, other_tokenizer, prompt_bytes)
         if key not in self._classifiers:
-            folder = self._folder / f"reward{len(self._classifiers)}"
-            model = self._make(LlamaForSequenceClassification, shape, 1, num_labels=1)
+            folder = self._folder / f"reward{shape}{other_tokenizer}".replace(" ", "")
             own, its = self.scale.language_model, shape
             cost = its.num_layer_parameters / own.num_streamed_parameters
-            self._classifiers[key] = SequenceClassifier(folder, device=self.scale.device, cost=cost)
-            tokenizer = self.other_tokenizer if other_tokenizer else self.tokenizer
             with _without_bars():
-                model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
+                if not folder.is_dir():
+                    model = self._make(LlamaForSequenceClassification, shape, 1, num_labels=1)
+                    model.save_pretrained(folder)
+                    tokenizer = self.other_tokenizer if other_tokenizer else self.tokenizer
+                    tokenizer.save_pretrained(folder)
+                self._classifiers[key] = SequenceClassifier(
+                    folder, device=self.scale.device, cost=cost, prompt_bytes=prompt_bytes
+                )
                 self._classifiers[key].load()
         return self._classifiers[key]
 
@@ -560,6 +568,7 @@ class Bench:
         adaptive: bool = True,
         shape: Shape | None = None,
         other_tokenizer: bool = False,
+        prompt_bytes: int = 0,
     ) -> Policy:
         """Return a guard that accepts attempts with a probability, stratified over all prompts."""
         each = math.ceil(tokens / SEGMENT_SIZE)
@@ -568,7 +577,7 @@ class Bench:
             prompt.text: needed[at * each : (at + 1) * each] for at, prompt in enumerate(prompts)
         }
         scorer = ForcedScorer(
-            self.classifier(shape, other_tokenizer=other_tokenizer),
+            self.classifier(shape, other_tokenizer=other_tokenizer, prompt_bytes=prompt_bytes),
             decks,
             tokenizer=self.other_tokenizer if other_tokenizer else None,
         )
@@ -1613,7 +1622,7 @@ class Benchmark:
         if self.wants("A2"):
             name = "drafts: ragged / snapshot, p = 0.5, 1 row"
             self._add_ratio("A2", name, samples, "with", "snapshot", _NO_LOSS)
-            short = 2 * SEGMENT_SIZE
+            short = SEGMENT_SIZE  # each attempt reads everything anew for every token
             sides = {"with": guarded(short), "recompute": guarded(short, drafts="recompute")}
             samples = self._measure("recomputing", sides, pairs, warm=False)
             name = f"drafts: ragged / recompute, p = 0.5, 1 row, {short} tokens"
@@ -1655,14 +1664,13 @@ class Benchmark:
         self._add_ratio("A5", name, samples, "lazy", "at once", _NO_LOSS)
 
     def _prompts_without(self) -> None:
-        """A6: prompts that begin as an earlier one did, and a store of prompts."""
+        """A6 and A7: prompts that begin as an earlier one did, and no store of prompts."""
         bench, scale = self.bench, self.scale
-        if not self.wants("A6"):
-            return
-        length, calls = 8 * scale.prompt, 3
+        length, calls, stored = 8 * scale.prompt, 3, 1 << 28
 
-        def asking(**settings: Any) -> Side:
-            model = bench.new_language_model(**settings)
+        def asking(own: int, its: int | None = None) -> Side:
+            """Return a side, given the room of the language model's store and the reward's."""
+            model = bench.new_language_model(prompt_bytes=own)
 
             def side(pair: int) -> Sample:
                 whole = list(bench.prompt(1000 * pair, length).ids)
@@ -1672,8 +1680,11 @@ class Benchmark:
                     _Prompt(str(bench.tokenizer.decode(whole[:end])), tuple(whole[:end]))
                     for end in ends
                 ]
+                policy = None
+                if its is not None:
+                    policy = bench.policy(prompts, 1.0, tokens=SEGMENT_SIZE, prompt_bytes=its)
                 how: dict[str, Any] = {
-                    "policy": None,
+                    "policy": policy,
                     "tokens": SEGMENT_SIZE,
                     "max_rows": 1,
                     "together": False,
@@ -1685,10 +1696,16 @@ class Benchmark:
 
             return side
 
-        sides = {"with": asking(prompt_bytes=1 << 28), "without": asking()}
-        samples = self._measure("prompts, without", sides, scale.long_pairs)
-        name = f"prompts stored / not, unguarded, {length} tokens, 16 of them new"
-        self._add_ratio("A6", name, samples, "with", "without", _NO_LOSS)
+        for identifier, what, sides in (
+            ("A6", "prompts stored / not, unguarded", (stored, 0, None, None)),
+            ("A7", "reward's prompts stored / not, p = 1", (stored, stored, stored, 0)),
+        ):
+            if self.wants(identifier):
+                one, other, its, others = sides
+                asked = {"with": asking(one, its), "without": asking(other, others)}
+                samples = self._measure("prompts, without", asked, scale.long_pairs)
+                name = f"{what}, {length} tokens, 16 of them new"
+                self._add_ratio(identifier, name, samples, "with", "without", _NO_LOSS)
 
     # Growth
 
@@ -1915,22 +1932,20 @@ class AcceleratorBenchmark(Benchmark):
         """G9: a step that is played back, and one that is launched piece by piece."""
         if not self.wants("G9"):
             return
-        name, note = _ACCELERATOR["G9"], ""
-        if _STEPS is None:
-            note = "not run: the drafting step runs eagerly"
-        elif not self.bench.cuda:
-            note = "not run: no GPU"
-        if note:
-            self.results.rows.append(Result(id="G9", name=name, value=None, note=note))
-            return
-        argument = str(_STEPS)
-        models = [self.bench.new_language_model(**{argument: way}) for way in ("graphs", "eager")]
-        pairs = [
-            [self.bench.drafting_seconds(1, 1, language_model=model) for model in models]
-            for _ in range(self.scale.long_pairs)
-        ]
-        counts = f"{1e3 * pairs[0][0]:.2f} and {1e3 * pairs[0][1]:.2f} ms"
-        self._add("G9", name, [one / other for one, other in pairs], "<= 0.5", counts=counts)
+        ways: tuple[Steps, ...] = ("eager", "graphs", "compiled")
+        if not self.bench.cuda:  # there is nothing to record; the shapes are the same
+            ways = ("eager", "static")
+        models = {way: self.bench.new_language_model(steps=way) for way in ways}
+        times: dict[Steps, list[float]] = {way: [] for way in ways}
+        for _ in range(self.scale.long_pairs):
+            for way, model in models.items():
+                times[way].append(self.bench.drafting_seconds(1, 1, language_model=model))
+        for way in ways[1:]:
+            ratios = [one / other for one, other in zip(times[way], times["eager"], strict=True)]
+            counts = f"{1e3 * min(times[way]):.2f} and {1e3 * min(times['eager']):.2f} ms"
+            gate = "<= 0.5" if way == "graphs" else ""
+            name = f"{_STEPS_NAMES[way]} step / eager step, 1 row"
+            self._add("G9", name, ratios, gate, counts=f"{counts}, with sampling")
 
     def _room(self) -> None:
         """G10: how many long rows fit beside a reward as large, and what one too many does."""
@@ -1996,8 +2011,7 @@ _GUARDED_GATES = {
     (0.75, _MANY_ROWS): ">= 0.74",
 }
 _LONG_ROWS = 150
-_STEPS: str | None = None
-"""Argument of the language model that says how the drafting step runs."""
+_STEPS_NAMES = {"graphs": "CUDA-graph", "compiled": "compiled", "static": "static"}
 
 _ACCELERATOR = {
     "G1": "unguarded / bandwidth floor, 1 and 64 rows",
@@ -2029,7 +2043,7 @@ _ACCELERATOR_GATES = {
 }
 _CPU_IDS = (
     *("C1", "C2", "C2b", "C3", "C4", "C4b", *(f"C{at}" for at in range(5, 13)), "P1"),
-    *(f"A{at}" for at in range(1, 7)),
+    *(f"A{at}" for at in range(1, 8)),
 )
 _IDS = (*_CPU_IDS, *_ACCELERATOR)
 
