@@ -1,23 +1,39 @@
 """Where weights lie: one name for each device, and on a CPU laid out as it reads them fastest.
 
-Knows devices, layers, adapters and quantised weights; nothing of tokens or rewards. A product of a few rows with a large
-matrix takes the time of reading the matrix. The plain kernels take up to three times that when
-there are 2 to 16 rows, which is what drafting and judging several candidates at once consists of;
-the packed ones of oneDNN do not.
+Knows folders, devices, layers, adapters and quantised weights; nothing of tokens or rewards. A
+product of a few rows with a large matrix takes the time of reading the matrix. The plain kernels
+take up to three times that when there are 2 to 16 rows, which is what drafting and judging several
+candidates at once consists of; the packed ones of oneDNN do not.
 """
 
 import copy
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from huggingface_hub.utils.tqdm import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.import_utils import is_accelerate_available, is_peft_available
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 from transformers.utils.peft_utils import find_adapter_config_file
 
+_DIGESTED = (".json", ".jinja", ".model", ".txt", ".py", ".safetensors")
+_WHOLE_FILE = 1 << 28
+_WHOLE_TENSOR = 1 << 20
+_SAMPLE = 1 << 12
 _LEAST_WEIGHTS = 1 << 17
 _ROWS = 8
 
@@ -94,6 +110,61 @@ def without_wrapper(model: Any) -> Any:
     if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
         raise ValueError("`model` must have adapters inside its layers, got a learned prompt")
     return model.get_base_model()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Show no progress bar while weights are read; that of a download is shown, and wanted."""
+    shown, of_downloads = is_progress_bar_enabled(), not are_progress_bars_disabled()
+    disable_progress_bar()
+    if of_downloads:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
+        if not of_downloads:
+            disable_progress_bars()
+
+
+def digest_of(folder: Path) -> str:
+    """Return a digest of a checkpoint: files whole, of very large weights each tensor's samples."""
+    sha = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in _DIGESTED:
+            continue
+        size = path.stat().st_size
+        sha.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            if path.suffix == ".safetensors" and size > _WHOLE_FILE:
+                for begin, count in _samples(file, size):
+                    file.seek(begin)
+                    sha.update(file.read(count))
+            else:
+                while part := file.read(1 << 20):
+                    sha.update(part)
+    return sha.hexdigest()[:16]
+
+
+def _samples(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
+    """Yield place and length of what tells a file of tensors from others, in bytes.
+
+    That is its header, small tensors (such as a head, which alone differs where a trunk was
+    frozen) and, of large ones, 16 pieces from the first to the last byte.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(min(length, size)))
+    yield 0, 8 + length
+    for name, tensor in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = (8 + length + offset for offset in tensor["data_offsets"])
+        if end - begin <= _WHOLE_TENSOR:
+            yield begin, end - begin
+        else:
+            for place in range(16):
+                yield begin + (end - begin - _SAMPLE) * place // 15, _SAMPLE
 
 
 def input_device(model: Any) -> torch.device:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +26,11 @@ from transformers import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+)
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
 )
 
 from langchain_stars.language_models import (
@@ -39,7 +45,7 @@ from langchain_stars.language_models.drafters import RaggedDrafter
 from langchain_stars.language_models.local import _REGISTRY, FALLBACK_TEMPLATE
 from langchain_stars.language_models.masks import TreeMask, causal_masks
 from langchain_stars.language_models.sampling import Sampler
-from langchain_stars.packing import PackedLinear, can_pack, device_name
+from langchain_stars.packing import PackedLinear, can_pack, device_name, digest_of, quietly
 from langchain_stars.prompts import PromptStore
 from langchain_stars.ragged_cache import RaggedCache
 from langchain_stars.randomness import drafting_uniforms
@@ -1283,6 +1289,61 @@ def test_fingerprints_tell_models_apart(
     model.generation_config.temperature = 0.1
     given.append(LocalLanguageModel(model, tokenizer=tokenizer).fingerprint)
     assert given[0] == given[1] != given[2]
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "tokenizer.model", "generation_config.json"]
+)
+def test_a_change_in_any_file_of_a_checkpoint_changes_its_fingerprint(
+    name: str, make_folder: FolderMaker, tmp_path: Path
+) -> None:
+    for file in make_folder("llama").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    before = digest_of(tmp_path)
+    fingerprint = LocalLanguageModel(tmp_path, device="cpu").fingerprint
+    content = (tmp_path / name).read_bytes() if (tmp_path / name).is_file() else b""
+    (tmp_path / name).write_bytes(content + b"\n")
+    assert digest_of(tmp_path) != before
+    assert LocalLanguageModel(tmp_path, device="cpu").fingerprint != fingerprint
+    (tmp_path / "notes.md").write_text("nothing of the checkpoint")
+    (tmp_path / name).write_bytes(content)
+    if not content:
+        (tmp_path / name).unlink()
+    assert LocalLanguageModel(tmp_path, device="cpu").fingerprint == fingerprint
+
+
+def test_a_change_in_the_middle_of_large_weights_changes_the_fingerprint(
+    make_folder: FolderMaker, tmp_path: Path
+) -> None:
+    for file in make_folder("llama").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    before = digest_of(tmp_path)
+    weights = bytearray((tmp_path / "model.safetensors").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    assert digest_of(tmp_path) != before
+
+
+def test_loading_shows_no_progress_bar_and_leaves_those_of_others(
+    make_folder: FolderMaker, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder("llama")
+    enable_progress_bar()
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+        assert "Loading weights" in capfd.readouterr().err
+        language_model = LocalLanguageModel(folder, device="cpu")
+        language_model.load()
+        assert capfd.readouterr().err == ""
+        assert is_progress_bar_enabled()
+        assert not are_progress_bars_disabled()
+        language_model.unload()
+    finally:
+        disable_progress_bar()
+    with quietly():
+        assert not is_progress_bar_enabled()
+    assert not is_progress_bar_enabled()
+    assert are_progress_bars_disabled()
 
 
 def test_weights_in_bin_files_are_refused(make_folder: FolderMaker, tmp_path: Path) -> None:

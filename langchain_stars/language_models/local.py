@@ -11,8 +11,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -47,10 +46,12 @@ from langchain_stars.packing import (
     base_of,
     can_pack,
     device_name,
+    digest_of,
     input_device,
     is_quantised,
     pack,
     placed,
+    quietly,
     share_weights,
     without_wrapper,
 )
@@ -124,8 +125,6 @@ _ROW_TOKENS = 2048
 _UNLIMITED_CONTEXT = 1 << 20
 _TIMED_QUERIES = (1, 2, 4, 8, 16, 32)
 _TIMING_SECONDS = 0.4
-_WHOLE_FILE_BYTES = 1 << 24
-_SAMPLE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -446,7 +445,7 @@ class LocalLanguageModel(LanguageModel):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of weights, type, tokenizer, settings, sampling; large files by samples of them."""
+        """Hash of weights, type, tokenizer, settings and sampling; very large weights by samples."""
         digest = hashlib.sha256()
         source = self._source
         for part in (source.revision, str(self._dtype), source.attention, self.vocabulary):
@@ -462,9 +461,9 @@ class LocalLanguageModel(LanguageModel):
                     sample = tensor.flatten()[:: max(1, tensor.numel() // 64)]
                     digest.update(repr(sample.float().tolist()).encode())
         elif folder.is_dir():
-            _digest_folder(digest, folder)
+            digest.update(digest_of(folder).encode())
             if self._base_name != self._name and Path(self._base_name).is_dir():
-                _digest_folder(digest, Path(self._base_name))
+                digest.update(digest_of(Path(self._base_name)).encode())
         else:
             commit = getattr(self._config, "_commit_hash", None)
             digest.update(f"{self._name}@{commit}".encode())
@@ -685,7 +684,7 @@ class LocalLanguageModel(LanguageModel):
             elif "quantization_config" in arguments or is_quantised(self._config):
                 arguments |= placed(self._device)
             own_dtype = self._source.dtype == "auto" and self._device_map is not None
-            with _quietly(Path(self._name).is_dir()):
+            with quietly():
                 model = self._read(
                     AutoModelForCausalLM,
                     dtype="auto" if own_dtype else self._dtype,
@@ -858,21 +857,6 @@ class LocalLanguageModel(LanguageModel):
         return error <= most
 
 
-@contextmanager
-def _quietly(quiet: bool) -> Iterator[None]:
-    """Show no progress bar of transformers, as of reading a folder; that of a download is wanted."""
-    from transformers.utils import logging as of_transformers
-
-    shown = of_transformers.is_progress_bar_enabled()
-    if quiet:
-        of_transformers.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if quiet and shown:
-            of_transformers.enable_progress_bar()
-
-
 def _checked_name(name: str) -> str:
     """Return the folder or the hub id that a name names.
 
@@ -902,20 +886,6 @@ def _check_weights(name: str) -> None:
             " once: AutoModelForCausalLM.from_pretrained(folder, use_safetensors=False)"
             ".save_pretrained(folder)"
         )
-
-
-def _digest_folder(digest: Any, folder: Path) -> None:
-    """Add what makes a checkpoint what it is; large files by samples from their whole length."""
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            if size <= _WHOLE_FILE_BYTES:
-                digest.update(file.read())
-                continue
-            for part in range(64):
-                file.seek(part * (size - _SAMPLE_BYTES) // 63)
-                digest.update(file.read(_SAMPLE_BYTES))
 
 
 def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -6,17 +6,16 @@ encoder reads each text anew. Both give, for the same token ids, what the plain 
 """
 
 import copy
-import hashlib
 import json
 import logging
 import math
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -28,10 +27,12 @@ from transformers.utils.hub import cached_file
 from langchain_stars.packing import (
     base_of,
     can_pack,
+    digest_of,
     input_device,
     is_quantised,
     pack,
     placed,
+    quietly,
 )
 from langchain_stars.ragged_cache import ATTENTION
 from langchain_stars.rewards.base import (
@@ -648,10 +649,10 @@ class _Source:
         if self._identity is None:
             folder = Path(self.model)
             if folder.is_dir():
-                of_source: dict[str, Any] = {"name": folder.name, "digest": _digest(folder)}
+                of_source: dict[str, Any] = {"name": folder.name, "digest": digest_of(folder)}
                 if self.base != self.model:
                     base = Path(self.base)
-                    of_source["base"] = _digest(base) if base.is_dir() else self.base
+                    of_source["base"] = digest_of(base) if base.is_dir() else self.base
             else:
                 commit = getattr(self.config, "_commit_hash", None)
                 of_source = {"name": self.model, "revision": commit or self._revision}
@@ -662,50 +663,6 @@ class _Source:
                 "quantization": None if quantised is None else digest(repr(quantised)),
             }
         return self._identity
-
-
-def _digest(folder: Path) -> str:
-    """Return a digest of a checkpoint: files whole, of very large weights each tensor's samples."""
-    sha = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in (".json", ".jinja", ".model", ".txt", ".py", ".safetensors"):
-            continue
-        size = path.stat().st_size
-        sha.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            if path.suffix == ".safetensors" and size > _WHOLE_FILE:
-                for begin, count in _samples(file, size):
-                    file.seek(begin)
-                    sha.update(file.read(count))
-            else:
-                while part := file.read(1 << 20):
-                    sha.update(part)
-    return sha.hexdigest()[:16]
-
-
-_WHOLE_FILE = 1 << 28
-_WHOLE_TENSOR = 1 << 20
-_SAMPLE = 1 << 12
-
-
-def _samples(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
-    """Yield place and length of what tells a file of tensors from others, in bytes.
-
-    That is its header, small tensors (such as the head, which alone differs where a trunk was
-    frozen) and, of large ones, 16 pieces from the first to the last byte.
-    """
-    length = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(min(length, size)))
-    yield 0, 8 + length
-    for name, tensor in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = (8 + length + offset for offset in tensor["data_offsets"])
-        if end - begin <= _WHOLE_TENSOR:
-            yield begin, end - begin
-        else:
-            for place in range(16):
-                yield begin + (end - begin - _SAMPLE) * place // 15, _SAMPLE
 
 
 @dataclass(eq=False)
@@ -773,7 +730,8 @@ def _load(source: _Source) -> _Loaded:
 def _load_anew(source: _Source) -> _Loaded:
     config = source.config
     keeps = _may_keep(config)
-    model, info = source.read_model(**({"attn_implementation": ATTENTION} if keeps else {}))
+    with quietly():
+        model, info = source.read_model(**({"attn_implementation": ATTENTION} if keeps else {}))
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
