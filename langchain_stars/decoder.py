@@ -13,7 +13,7 @@ Source:
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise, takewhile
@@ -33,6 +33,7 @@ from langchain_stars.rewards.algebra import Constraint
 from langchain_stars.rewards.base import (
     Completion,
     Leaf,
+    Raw,
     Reward,
     Scorer,
     ScoreRequest,
@@ -147,6 +148,18 @@ class Policy:
         return tuple(dict.fromkeys(leaf.scorer for leaf in self.leaves))
 
     @property
+    def spares_workers(self) -> bool:
+        """Whether what scorers on the device say can reject, whatever those in workers say."""
+        parts = [constraint.reward for constraint in self.constraints]
+        if self.objective is not None:
+            parts.append(self.objective)
+        for part in parts:
+            answered = {leaf: 0.0 for leaf in part.leaves if leaf.scorer.on_device}
+            if answered and greatest(part, answered) < math.inf:
+                return True
+        return False
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Everything that decides which replies are possible and how likely, as JSON."""
         return {
@@ -258,6 +271,16 @@ class _Judged:
 
 
 @dataclass(slots=True)
+class _Unfinished:
+    """An attempt that the objective rejects on what some scorers say; the others were not asked."""
+
+    number: int
+    text: Text
+    num_drawn: int
+    answers: dict[Scorer, Raw | None]
+
+
+@dataclass(slots=True)
 class _Visit:
     """The attempts at one segment. Numbers go on where an earlier visit to its index ended."""
 
@@ -268,6 +291,7 @@ class _Visit:
     attempts: int = 0
     num_failures: int = 0
     pool: list[_Judged] = field(default_factory=list)
+    unfinished: list[_Unfinished] = field(default_factory=list)
     bounds: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -326,6 +350,7 @@ class Row:
         self._segment_size = policy.segment_size if policy else segment_size
         self._streamed = streamed and policy is None
         self._leaves = policy.leaves if policy else ()
+        self._spares_workers = policy is not None and policy.spares_workers
         self._fingerprint = policy.fingerprint if policy else None
         self._wants_prompt_reward = bool(
             policy and policy.acceptance.schedule and policy.acceptance.schedule.needs_prompt_reward
@@ -338,7 +363,8 @@ class Row:
         self._last_number: Counter[int] = Counter()
         self._visit: _Visit | None = None
         self._drawn_for: _Visit | None = None
-        self._proposed: list[tuple[Candidate, Text]] = []
+        self._proposed: list[tuple[int, Candidate, Text]] = []
+        self._wants_pool = False
         self._failures_in_a_row = 0
         self._num_accepted = 0
         self._num_judged = 0
@@ -358,6 +384,11 @@ class Row:
     def wants_prompt_reward(self) -> bool:
         """Whether the reward of the prompt must be had before the first segment."""
         return self._wants_prompt_reward
+
+    @property
+    def wants_pool(self) -> bool:
+        """Whether rejected attempts must be judged to the end, for one of them to be kept."""
+        return self._wants_pool
 
     @property
     def attempts_left(self) -> int:
@@ -449,23 +480,100 @@ class Row:
         return (
             not self.ended
             and self.inquiry is None
+            and not self._wants_pool
             and visit is not None
             and visit is self._drawn_for
             and visit.first + visit.attempts == candidate.attempt
         )
 
-    def ask_about(self, candidates: Sequence[Candidate]) -> Inquiry:
-        """Return the question what the candidates are worth."""
-        self._proposed = [(candidate, self._extend(candidate)) for candidate in candidates]
-        return self._ask(tuple(_completion(text) for _, text in self._proposed), self._leaves)
+    def ask_about(
+        self,
+        candidates: Sequence[Candidate],
+        *,
+        lazy: bool = False,
+        cost: Callable[[Scorer], float] | None = None,
+    ) -> Inquiry:
+        """Return the question what the candidates are worth.
 
-    def _ask(self, completions: tuple[Completion, ...], leaves: Sequence[Leaf]) -> Inquiry:
+        Args:
+            candidates: The next attempts.
+            lazy: Whether nothing more is asked about what an answer rejects.
+            cost: Tells which scorer of the objective is asked before which; those of constraints
+                are asked as they are declared, so that the first one that rejects is named.
+        """
+        self._proposed = [
+            (place, candidate, self._extend(candidate))
+            for place, candidate in enumerate(candidates)
+        ]
+        return self._ask(
+            tuple(_completion(text) for *_, text in self._proposed),
+            self._leaves,
+            order=self._order(cost) if cost else (),
+            rejects=partial(self._rejects, [candidate.attempt for candidate in candidates]),
+            lazy=lazy,
+            spares_workers=self._spares_workers,
+            in_turn=True,
+        )
+
+    def _ask(
+        self, completions: tuple[Completion, ...], leaves: Sequence[Leaf], **settings: Any
+    ) -> Inquiry:
         assert self.policy is not None
         request = ScoreRequest(
             subject=self.subject, accepted=_completion(self._text), candidates=completions
         )
-        self.inquiry = Inquiry(request, leaves, timeout=self.policy.reward_timeout)
+        self.inquiry = Inquiry(request, leaves, timeout=self.policy.reward_timeout, **settings)
         return self.inquiry
+
+    def _order(self, cost: Callable[[Scorer], float]) -> list[Scorer]:
+        """Return the scorers: those of constraints as declared, then the others, cheapest first."""
+        first = {leaf.scorer for each in self._guard.constraints for leaf in each.reward.leaves}
+        scorers = dict.fromkeys(leaf.scorer for leaf in self._leaves if leaf.scorer.on_device)
+        rest = [scorer for scorer in scorers if scorer not in first]
+        if len(rest) > 1:
+            rest.sort(key=cost)
+        return [*(scorer for scorer in scorers if scorer in first), *rest]
+
+    def _rejects(
+        self, attempts: Sequence[int], place: int, known: Mapping[Leaf, float]
+    ) -> str | None:
+        """Return what rejects an attempt whatever the values are that are not known, or None."""
+        policy = self._guard
+        for constraint in policy.constraints:
+            if greatest(constraint.reward, known) < constraint.floor:
+                return constraint.name
+        objective = policy.objective
+        if objective is not None and greatest(objective, known) < self._bar(attempts[place]):
+            return objective.name
+        return None
+
+    def _bar(self, attempt: int) -> float:
+        """Return the least objective that the attempt is accepted with."""
+        visit = self._current
+        assert visit.threshold is not None
+        u = acceptance_uniform(seed=self._seed, segment=visit.index, attempt=attempt)
+        return self._guard.acceptance.bar(visit.threshold, u)
+
+    def ask_about_pool(self) -> Inquiry:
+        """Return the question what the attempts are worth that were rejected on a bound."""
+        unfinished = self._current.unfinished
+        inquiry = self._ask(tuple(_completion(each.text) for each in unfinished), self._leaves)
+        for place, each in enumerate(unfinished):
+            for scorer, raw in each.answers.items():
+                inquiry.answered(scorer, {place: raw})
+        return inquiry
+
+    def take_pool(self) -> None:
+        """Take the answers, and go on with one of the attempts that met every floor."""
+        assert self.inquiry is not None
+        visit, inquiry = self._current, self.inquiry
+        unfinished, visit.unfinished, self.inquiry = visit.unfinished, [], None
+        self._wants_pool = False
+        for place, each in enumerate(unfinished):
+            reward = self._reward(inquiry.known(place))
+            if reward is not None:
+                visit.pool.append(_Judged(each.number, each.text, reward, each.num_drawn))
+        self._fall_back()
 
     def _extend(self, candidate: Candidate) -> Text:
         num_tokens = len(self.prefix.token_ids) + len(candidate.token_ids)
@@ -484,20 +592,21 @@ class Row:
         assert self.inquiry is not None
         policy, visit, inquiry = self._guard, self._current, self.inquiry
         proposed, self._proposed, self.inquiry = self._proposed, [], None
-        for place, (candidate, text) in enumerate(proposed):
+        for place, candidate, text in proposed:
             visit.attempts += 1
             self._num_judged += 1
             self._last_number[visit.index] = candidate.attempt
-            values = inquiry.values(place)
-            judged, bound = self._judge(candidate, text, values)
-            if judged is not None and bound is None:
+            judged, bound = self._judge(place, candidate, text, inquiry)
+            if isinstance(judged, _Judged) and bound is None:
                 self._num_accepted += 1
                 self._failures_in_a_row = 0
                 self._keep(judged, "accepted")
                 return
             self._num_rejected += candidate.num_drawn
-            if judged is not None:
+            if isinstance(judged, _Judged):
                 visit.pool.append(judged)
+            elif judged is not None:
+                visit.unfinished.append(judged)
             if bound is None:
                 visit.num_failures += 1
                 self._num_failures += 1
@@ -512,31 +621,52 @@ class Row:
             self._exhaust()
 
     def _judge(
-        self, candidate: Candidate, text: Text, values: dict[Leaf, float] | None
-    ) -> tuple[_Judged | None, str | None]:
-        """Return the attempt where it met every floor, and what rejected it.
+        self, place: int, candidate: Candidate, text: Text, inquiry: Inquiry
+    ) -> tuple[_Judged | _Unfinished | None, str | None]:
+        """Return the attempt where it meets every floor or may do so, and what rejected it.
 
-        Neither, where a reward failed.
+        Neither, where a reward failed and nothing that has been answered rejects it.
         """
-        policy, visit = self._guard, self._current
-        if values is None:
-            return None, None
-        for constraint in policy.constraints:
-            value = combine(constraint.reward, values)
-            if value is None:
+        policy, number = self._guard, candidate.attempt
+        known, bound = inquiry.known(place), inquiry.rejection(place)
+        if bound is None:
+            if len(known) < len(self._leaves):
                 return None, None
-            if not floor_holds(value, constraint.floor):
-                return None, constraint.name
-        if policy.objective is None:
-            return _Judged(candidate.attempt, text, 0.0, candidate.num_drawn), None
-        reward = combine(policy.objective, values)
+            for constraint in policy.constraints:
+                value = combine(constraint.reward, known)
+                if value is None:
+                    return None, None
+                if not floor_holds(value, constraint.floor):
+                    return None, constraint.name
+        answers = inquiry.answers(place)
+        if len(answers) < len(inquiry.scorers):  # the others were spared
+            waits = (
+                policy.acceptance.on_exhausted in ("fallback", "best")
+                and policy.objective is not None
+                and bound == policy.objective.name
+                and all(leaf in known for leaf in self._leaves if leaf.scorer in answers)
+            )
+            return _Unfinished(number, text, candidate.num_drawn, answers) if waits else None, bound
+        reward = self._reward(known)
         if reward is None:
-            return None, None
-        judged = _Judged(candidate.attempt, text, reward, candidate.num_drawn)
-        assert visit.threshold is not None
-        u = acceptance_uniform(seed=self._seed, segment=visit.index, attempt=candidate.attempt)
-        accepted = policy.acceptance.accepts(reward, visit.threshold, u)
-        return judged, None if accepted else policy.objective.name
+            return None, bound
+        if bound is None and policy.objective is not None and not reward >= self._bar(number):
+            bound = policy.objective.name
+        return _Judged(number, text, reward, candidate.num_drawn), bound
+
+    def _reward(self, known: dict[Leaf, float]) -> float | None:
+        """Return the objective of what meets every floor; None where one is missed or unknown.
+
+        It is 0 where there is no objective.
+        """
+        policy = self._guard
+        if len(known) < len(self._leaves):
+            return None
+        for constraint in policy.constraints:
+            value = combine(constraint.reward, known)
+            if value is None or not floor_holds(value, constraint.floor):
+                return None
+        return 0.0 if policy.objective is None else combine(policy.objective, known)
 
     @property
     def _guard(self) -> Policy:
@@ -550,8 +680,18 @@ class Row:
             self._take_back()
             if self.attempts_left > 0:
                 return
-        visit, acceptance = self._current, policy.acceptance
-        if acceptance.on_exhausted in ("refuse", "raise") or not visit.pool:
+        visit = self._current
+        if policy.acceptance.on_exhausted in ("refuse", "raise"):
+            self._end_exhausted()
+        elif visit.unfinished:
+            self._wants_pool = True
+        else:
+            self._fall_back()
+
+    def _fall_back(self) -> None:
+        """Keep one of the attempts that met every floor, or end where none did."""
+        visit, acceptance = self._current, self._guard.acceptance
+        if not visit.pool:
             self._end_exhausted()
             return
         u = fallback_uniform(
@@ -757,14 +897,19 @@ def advance(
             published loop; its waiting rows are computed with the others, to no effect. For
             comparison only.
         lazy: Whether the second candidate of a row is judged only where the first was rejected,
-            and so on, where that is thought to be faster; else all are judged at once.
+            and so on, where that is thought to be faster, and whether a reward is asked about a
+            candidate only where those before it have not rejected that already, as a floor or the
+            bounds of the objective tell; else all are asked about all, which is slower and decides
+            the same. Where the segment is then exhausted and one of its attempts is to be kept,
+            what was not asked about them is asked.
     """
     starting = [row for row in rows if row.wants_prompt_reward]
-    if starting:
-        yield from judging(
-            [row.ask_about_prompt() for row in starting], workers=workers, notify=notify
-        )
-        for row in starting:
+    finishing = [row for row in rows if row.wants_pool]
+    if starting or finishing:
+        inquiries = [row.ask_about_prompt() for row in starting]
+        inquiries += [row.ask_about_pool() for row in finishing]
+        yield from judging(inquiries, workers=workers, notify=notify)
+        for row in (*starting, *finishing):
             _alone(row, partial(settle, row))
     ready = [row for row in rows if row.inquiry is None and not row.ended]
     ready = [row for row in ready if _alone(row, row.prepare)]
@@ -804,18 +949,20 @@ def advance(
             _alone(row, partial(row.take, candidates[0]))
         else:
             undecided.append((row, candidates))
-    lazy = lazy and _waves_pay(language_model, [row for row, _ in undecided])
+    in_waves = lazy and _waves_pay(language_model, [row for row, _ in undecided])
+    cost = partial(_seconds, language_model, num_tokens=sum(row.size for row, _ in undecided))
     while undecided:
         waves = [
             (row, candidates[:1], candidates[1:])
-            if lazy and row.judged_on_device
+            if in_waves and row.judged_on_device
             else (row, candidates, [])
             for row, candidates in undecided
         ]
         inquiries = [
             inquiry
             for row, candidates, _ in waves
-            if (inquiry := _alone(row, partial(row.ask_about, candidates))) is not None
+            if (inquiry := _alone(row, partial(row.ask_about, candidates, lazy=lazy, cost=cost)))
+            is not None
         ]
         yield from judging(inquiries, workers=workers, notify=notify)
         undecided = []
@@ -843,6 +990,8 @@ def settle(row: Row) -> bool:
         return False
     if row.wants_prompt_reward:
         row.take_prompt_reward()
+    elif row.wants_pool:
+        row.take_pool()
     else:
         row.choose()
     return True
@@ -861,8 +1010,9 @@ def _waves_pay(language_model: LanguageModel, rows: Sequence[Row]) -> bool:
 def _counts(language_model: LanguageModel, rows: Sequence[Row], *, lazy: bool) -> list[int]:
     """Return how many candidates to draft for each row: what promises most segments a second.
 
-    A reward reads a candidate of every row in one pass, as the language model would read as many
-    tokens of one row, at its relative cost; where judging is lazy, none behind the accepted one.
+    A reward reads a candidate of every row in one pass, in the time that was measured for as many
+    tokens, or in that of the language model times its relative cost; where judging is lazy, none
+    behind the accepted one.
 
     Source:
         The cost model is ours: a round with M candidates a row keeps 1 - (1 - p)^M segments of a
@@ -874,10 +1024,10 @@ def _counts(language_model: LanguageModel, rows: Sequence[Row], *, lazy: bool) -
     adaptive = [row for row in guarded if row.policy is not None and row.policy.adaptive]
     if adaptive:
         size = max(row.size for row in rows)
-        cost = max((_reward_cost(row) for row in adaptive), default=0.0)
         ceiling = min(language_model.max_candidates, max(_ceiling(row) for row in adaptive))
         best = 0.0
-        reading = cost * language_model.round_seconds(len(rows) * size, 1, 1)
+        num_tokens = len(rows) * size
+        reading = max(_reading_seconds(language_model, row, num_tokens) for row in adaptive)
         for count in range(1, ceiling + 1):
             kept = [
                 expected_accepted(row.acceptance_rate, min(count, _ceiling(row)))
@@ -906,8 +1056,18 @@ def _count(row: Row, chosen: int, most: int) -> int:
     return min(_ceiling(row), chosen if row.policy.adaptive else most)
 
 
-def _reward_cost(row: Row) -> float:
-    return sum(scorer.cost for scorer in row.policy.scorers) if row.policy else 0.0
+def _reading_seconds(language_model: LanguageModel, row: Row, num_tokens: int) -> float:
+    """Return how long the rewards of a row are thought to read some tokens."""
+    scorers = row.policy.scorers if row.policy else ()
+    return sum(_seconds(language_model, scorer, num_tokens=num_tokens) for scorer in scorers)
+
+
+def _seconds(language_model: LanguageModel, scorer: Scorer, *, num_tokens: int) -> float:
+    """Return how long a scorer is thought to read some tokens; decides nothing but speed."""
+    measured = scorer.seconds(num_tokens)
+    if measured is not None:
+        return measured
+    return scorer.cost and scorer.cost * language_model.round_seconds(num_tokens, 1, 1)
 
 
 def _completion(text: Text) -> Completion:
@@ -926,3 +1086,12 @@ def combine(reward: Reward, values: dict[Leaf, float]) -> float | None:
         _log.warning("reward %s failed: %s", reward.name, type(error).__name__)
         return None
     return value if math.isfinite(value) else None
+
+
+def greatest(reward: Reward, known: Mapping[Leaf, float]) -> float:
+    """Return the greatest value that a reward can have; NaN where it does not tell."""
+    try:
+        return float(reward.bounds(known)[1])
+    except Exception as error:  # as above
+        _log.warning("bounds of %s failed: %s", reward.name, type(error).__name__)
+        return math.nan

@@ -326,7 +326,8 @@ class Engine:
         max_rows: Most rows of a lane in progress; None leaves it to the language model.
         barrier: Whether rows wait for each other at every segment; for comparison only.
         lazy: Whether a candidate is judged only where those before it were rejected, where that is
-            thought to be faster; changes the speed only.
+            thought to be faster, and by one reward only where no other one rejects it already;
+            changes the speed only.
         clock: Tells, in seconds, how long lanes have had the device.
         statistics: Counts.
     """

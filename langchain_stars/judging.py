@@ -2,7 +2,8 @@
 
 Knows score requests, deadlines and threads; nothing of thresholds. An attempt fails when its own
 call fails: where a call for several candidates goes wrong, each of them is asked for alone, so
-that what fails does not depend on how many were drafted at once.
+that what fails does not depend on how many were drafted at once. Who is asked comes in stages: what
+the answers of one reject needs none of the next.
 """
 
 import logging
@@ -11,14 +12,25 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
-from langchain_stars.rewards.base import Leaf, Raw, RewardError, Scorer, ScoreRequest
+from langchain_stars.rewards.base import (
+    Leaf,
+    Raw,
+    RewardError,
+    Scorer,
+    ScoreRequest,
+    within,
+)
 
 _log = logging.getLogger(__name__)
 
 MAX_FAILURES_IN_A_ROW = 3
 """Attempts whose rewards fail, one after the other, until the reply ends."""
+
+Rejects: TypeAlias = Callable[[int, Mapping[Leaf, float]], str | None]
+"""Returns what rejects a candidate, by its place, given the values of some leaves; or None."""
 
 _MAX_TOKENS_AT_ONCE = 512
 _CHARACTERS_OF_A_TOKEN = 4
@@ -134,6 +146,24 @@ class _Task:
 class Inquiry:
     """What is asked about the candidates of one reply in one round, and the answers so far.
 
+    Scorers are asked one stage after another: those on the device in their order, a stage each,
+    and then those in workers, all at once. What the answers up to a stage reject is rejected,
+    whatever later stages say of it or fail to say, so that asking them makes no difference but to
+    speed. A candidate on which a scorer fails has failed only where no other answer rejects it:
+    neither does it make a difference in which order they are asked.
+
+    Args:
+        request: The candidates.
+        leaves: The readings wanted.
+        timeout: Seconds that a call in a worker may take; None is the longest there is.
+        order: In which the scorers on the device are asked; that of `leaves` if not given.
+        rejects: Says what rejects a candidate; nothing does if not given.
+        lazy: Whether later stages are asked about those candidates alone that are not rejected.
+        spares_workers: Whether scorers in workers then wait for what those on the device reject;
+            else they are asked about everything at once, meanwhile.
+        in_turn: Whether the candidates are attempts, of which none is looked at behind
+            `MAX_FAILURES_IN_A_ROW` that failed.
+
     Attributes:
         request: The candidates.
         leaves: The readings wanted.
@@ -141,52 +171,108 @@ class Inquiry:
     """
 
     def __init__(
-        self, request: ScoreRequest, leaves: Sequence[Leaf], *, timeout: float | None
+        self,
+        request: ScoreRequest,
+        leaves: Sequence[Leaf],
+        *,
+        timeout: float | None,
+        order: Sequence[Scorer] = (),
+        rejects: Rejects | None = None,
+        lazy: bool = False,
+        spares_workers: bool = False,
+        in_turn: bool = False,
     ) -> None:
         self.request = request
         self.leaves = tuple(leaves)
         self.num_failures = 0
+        self.in_turn = in_turn
         self._timeout = timeout
-        self._answers: dict[Scorer, list[Raw | None]] = {}
+        self._rejects = rejects
+        self._lazy = lazy and rejects is not None
+        self._waits = self._lazy and spares_workers
+        self._answers: dict[Scorer, dict[int, Raw | None]] = {}
+        self._asked: set[Scorer] = set()
+        self._values: dict[tuple[Leaf, int], float | None] = {}
         self._calls: list[_Call] = []
+        self._begun = False
+        wanted = dict.fromkeys(leaf.scorer for leaf in self.leaves)
+        scorers = dict.fromkeys([*(scorer for scorer in order if scorer in wanted), *wanted])
+        self._on_device = [scorer for scorer in scorers if scorer.on_device]
+        self._in_workers = [scorer for scorer in scorers if not scorer.on_device]
 
     @property
     def scorers(self) -> list[Scorer]:
-        """The scorers that `leaves` read, each once."""
-        return list(dict.fromkeys(leaf.scorer for leaf in self.leaves))
+        """The scorers that `leaves` read, each once, in the order of their stages."""
+        return [*self._on_device, *self._in_workers]
+
+    @property
+    def pending(self) -> list[Scorer]:
+        """The scorers on the device that have not been asked, in order."""
+        return [scorer for scorer in self._on_device if scorer not in self._asked]
 
     @property
     def done(self) -> bool:
-        """Whether every scorer has answered or failed."""
-        return not self._calls
+        """Whether every scorer that is to be asked has answered or failed."""
+        return self._begun and not self._calls
 
     @property
     def deadline(self) -> float:
         """When, on the monotonic clock, it must next be polled."""
         return min((call.deadline for call in self._calls), default=math.inf)
 
-    def values(self, index: int) -> dict[Leaf, float] | None:
-        """Return the value of every leaf for one candidate; None where a reward failed."""
-        values: dict[Leaf, float] = {}
-        for leaf in self.leaves:
-            raw = self._answers[leaf.scorer][index]
-            if raw is None:
-                return None
-            try:
-                value = float(leaf.read(raw))
-            except Exception as error:  # a reading of hostile numbers may fail in any way
-                _log.warning("reward %s failed: %s", leaf.name, type(error).__name__)
-                return None
-            if not math.isfinite(value):
-                return None
-            values[leaf] = value
-        return values
+    def values(self, place: int) -> dict[Leaf, float] | None:
+        """Return the value of every leaf for one candidate; None where one is missing."""
+        values = self.known(place)
+        return values if len(values) == len(self.leaves) else None
+
+    def known(self, place: int) -> dict[Leaf, float]:
+        """Return the values that have been had for one candidate."""
+        values = {leaf: self._value(leaf, place) for leaf in self.leaves}
+        return {leaf: value for leaf, value in values.items() if value is not None}
+
+    def answers(self, place: int) -> dict[Scorer, Raw | None]:
+        """Return what each scorer that was asked about a candidate has said; None if it failed."""
+        return {
+            scorer: answers[place] for scorer, answers in self._answers.items() if place in answers
+        }
+
+    def rejection(self, place: int) -> str | None:
+        """Return what rejects a candidate at the first stage that has what it takes, or None."""
+        if self._rejects is None:
+            return None
+        known: dict[Leaf, float] = {}
+        for stage in [*([scorer] for scorer in self._on_device), self._in_workers]:
+            if any(place not in self._answers.get(scorer, ()) for scorer in stage):
+                break
+            for leaf in self.leaves:
+                if leaf.scorer in stage and (value := self._value(leaf, place)) is not None:
+                    known[leaf] = value
+            if stage and (name := self._rejects(place, known)) is not None:
+                return name
+        return None
+
+    def ask(self, scorer: Scorer) -> list[int]:
+        """Return the candidates that a scorer is to be asked about now, by their places."""
+        self._asked.add(scorer)
+        answered = self._answers.get(scorer, {})
+        return [
+            place
+            for place in range(len(self.request.candidates))
+            if place not in answered and not (self._lazy and self.rejection(place) is not None)
+        ]
 
     def begin(self, workers: Workers, notify: Callable[[], None]) -> None:
-        """Begin the calls that run in workers."""
-        for scorer in self.scorers:
-            if not scorer.on_device:
-                self._calls.append(_Call(self, scorer, workers, notify, self._timeout))
+        """Begin the calls that run in workers; once what must be asked before them has answered."""
+        if self._begun or (self._waits and self.pending):
+            return
+        self._begun = True
+        last = self.in_turn and len(self._in_workers) == 1 and not self.pending
+        for scorer in self._in_workers:
+            places = self.ask(scorer)
+            if places:
+                self._calls.append(
+                    _Call(self, scorer, places, workers, notify, self._timeout, last=last)
+                )
         self.poll()
 
     def poll(self) -> None:
@@ -198,30 +284,65 @@ class Inquiry:
         for call in self._calls:
             call.cancel()
         self._calls = []
+        self._begun = True
 
-    def answered(self, scorer: Scorer, answers: list[Raw | None]) -> None:
-        """Take what a scorer says of every candidate."""
-        self._answers[scorer] = answers
+    def answered(self, scorer: Scorer, answers: Mapping[int, Raw | None]) -> None:
+        """Take what a scorer says of candidates, by their places."""
+        self._answers.setdefault(scorer, {}).update(answers)
+
+    def _value(self, leaf: Leaf, place: int) -> float | None:
+        """Return what a leaf reads in an answer; None where there is none, or no number."""
+        raw = self._answers.get(leaf.scorer, {}).get(place)
+        if raw is None:
+            return None
+        if (leaf, place) not in self._values:
+            self._values[leaf, place] = _read(leaf, raw)
+        return self._values[leaf, place]
+
+
+def _read(leaf: Leaf, raw: Raw) -> float | None:
+    try:
+        value = within(float(leaf.read(raw)), leaf.range)
+    except Exception as error:  # a reading of hostile numbers may fail in any way
+        _log.warning("reward %s failed: %s", leaf.name, type(error).__name__)
+        return None
+    return value if math.isfinite(value) else None
 
 
 class _Call:
-    """Asks one scorer in a worker about all candidates, or one by one where that fails."""
+    """Asks one scorer in a worker about some candidates, or one by one where that fails.
+
+    Args:
+        inquiry: Whose candidates they are.
+        scorer: Who is asked.
+        places: Which candidates.
+        workers: Where.
+        notify: Called when there may be an answer.
+        timeout: Seconds that a call may take.
+        last: Whether a candidate on which the scorer fails is a failed attempt, since nobody else
+            is still to answer.
+    """
 
     def __init__(
         self,
         inquiry: Inquiry,
         scorer: Scorer,
+        places: Sequence[int],
         workers: Workers,
         notify: Callable[[], None],
         timeout: float | None,
+        *,
+        last: bool,
     ) -> None:
         self._inquiry = inquiry
         self._scorer = scorer
+        self._places = places
+        self._last = last
         self._workers = workers
         self._notify = notify
         self._timeout = _LONGEST_SECONDS if timeout is None else timeout
         self._answers: list[Raw | None] = []
-        self._alone = len(inquiry.request.candidates) == 1
+        self._alone = len(places) == 1
         self._failed_in_a_row = 0
         self._task: _Task | None = None
         self._begin()
@@ -234,10 +355,10 @@ class _Call:
         return started + self._timeout
 
     def _begin(self) -> None:
-        request = self._inquiry.request
+        places = self._places
         if self._alone:
-            index = len(self._answers)
-            request = replace(request, candidates=request.candidates[index : index + 1])
+            places = places[len(self._answers) : len(self._answers) + 1]
+        request = _about(self._inquiry.request, places)
         self._task = _Task(self._scorer, request, self._notify)
         try:
             self._workers.submit(self._task)
@@ -247,7 +368,7 @@ class _Call:
 
     def poll(self) -> bool:
         """Return whether every candidate has its answer or has failed."""
-        num_candidates = len(self._inquiry.request.candidates)
+        num_candidates = len(self._places)
         while len(self._answers) < num_candidates:
             task = self._task
             assert task is not None
@@ -274,15 +395,18 @@ class _Call:
                     break
                 self._alone = True
             else:
+                at = len(self._answers)
+                follows = at > 0 and self._places[at - 1] == self._places[at] - 1
+                before = self._failed_in_a_row if follows else 0
                 self._answers.append(answers[0] if answers is not None else None)
-                self._failed_in_a_row = 0 if answers is not None else self._failed_in_a_row + 1
-                if self._failed_in_a_row >= MAX_FAILURES_IN_A_ROW:
+                self._failed_in_a_row = 0 if answers is not None else before + 1
+                if self._last and self._failed_in_a_row >= MAX_FAILURES_IN_A_ROW:
                     # The reply ends before a later one would be looked at.
                     self._answers += [None] * (num_candidates - len(self._answers))
                     break
             if len(self._answers) < num_candidates:
                 self._begin()
-        self._inquiry.answered(self._scorer, self._answers)
+        self._inquiry.answered(self._scorer, dict(zip(self._places, self._answers, strict=True)))
         return True
 
     def cancel(self) -> None:
@@ -300,26 +424,56 @@ def judging(
     """
     for inquiry in inquiries:
         inquiry.begin(workers, notify)
-    scorers = dict.fromkeys(
-        scorer for inquiry in inquiries for scorer in inquiry.scorers if scorer.on_device
-    )
-    for scorer in scorers:
-        asked = [inquiry for inquiry in inquiries if scorer in inquiry.scorers]
-        for group in _groups(asked):
+    while waiting := [inquiry for inquiry in inquiries if inquiry.pending]:
+        scorer = _next([inquiry.pending for inquiry in waiting])
+        parts = []
+        for inquiry in waiting:
+            if inquiry.pending[0] is scorer:
+                places = inquiry.ask(scorer)
+                if places:
+                    parts.append(_Part(inquiry, places, _about(inquiry.request, places)))
+        for group in _groups(parts):
             yield
             _ask_on_device(scorer, group)
+        for inquiry in waiting:
+            inquiry.begin(workers, notify)
 
 
-def _groups(inquiries: Sequence[Inquiry]) -> Generator[list[Inquiry], None, None]:
-    """Split inquiries so that no piece of device work is long."""
-    group: list[Inquiry] = []
+def _next(queues: Sequence[Sequence[Scorer]]) -> Scorer:
+    """Return who is asked next: somebody's next whom nobody else will want later, if there is one."""
+    later = {scorer for queue in queues for scorer in queue[1:]}
+    heads = list(dict.fromkeys(queue[0] for queue in queues))
+    return next((scorer for scorer in heads if scorer not in later), heads[0])
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Those candidates of an inquiry that a scorer is asked about."""
+
+    inquiry: Inquiry
+    places: list[int]
+    request: ScoreRequest
+
+    def answered(self, scorer: Scorer, answers: Sequence[Raw | None]) -> None:
+        self.inquiry.answered(scorer, dict(zip(self.places, answers, strict=True)))
+
+
+def _about(request: ScoreRequest, places: Sequence[int]) -> ScoreRequest:
+    if len(places) == len(request.candidates):
+        return request
+    return replace(request, candidates=tuple(request.candidates[place] for place in places))
+
+
+def _groups(parts: Sequence[_Part]) -> Generator[list[_Part], None, None]:
+    """Split what is asked so that no piece of device work is long."""
+    group: list[_Part] = []
     num_tokens = 0
-    for inquiry in inquiries:
-        size = _num_tokens(inquiry.request)
+    for part in parts:
+        size = _num_tokens(part.request)
         if group and num_tokens + size > _MAX_TOKENS_AT_ONCE:
             yield group
             group, num_tokens = [], 0
-        group.append(inquiry)
+        group.append(part)
         num_tokens += size
     if group:
         yield group
@@ -335,29 +489,28 @@ def _num_tokens(request: ScoreRequest) -> int:
     return size
 
 
-def _ask_on_device(scorer: Scorer, inquiries: Sequence[Inquiry]) -> None:
+def _ask_on_device(scorer: Scorer, parts: Sequence[_Part]) -> None:
     try:
-        answers = scorer.score([inquiry.request for inquiry in inquiries])
-        if len(answers) != len(inquiries):
-            raise RewardError(f"answered {len(answers)} of {len(inquiries)} requests")
-        for inquiry, of_request in zip(inquiries, answers, strict=True):
-            _check_count(len(of_request), inquiry.request)
+        answers = scorer.score([part.request for part in parts])
+        if len(answers) != len(parts):
+            raise RewardError(f"answered {len(answers)} of {len(parts)} requests")
+        for part, of_request in zip(parts, answers, strict=True):
+            _check_count(len(of_request), part.request)
     except BaseException as error:  # whatever it raises, the engine's thread goes on
         _log.warning("reward %s failed: %s", _name(scorer), type(error).__name__)
     else:
-        for inquiry, of_request in zip(inquiries, answers, strict=True):
-            inquiry.answered(scorer, list(of_request))
+        for part, of_request in zip(parts, answers, strict=True):
+            part.answered(scorer, of_request)
         return
-    for inquiry in inquiries:
+    for part in parts:
         alone: list[Raw | None] = []
-        for candidate in inquiry.request.candidates:
-            one = replace(inquiry.request, candidates=(candidate,))
-            of_one, failure = _ask_one(scorer, one)
+        for candidate in part.request.candidates:
+            of_one, failure = _ask_one(scorer, replace(part.request, candidates=(candidate,)))
             if of_one is None:
-                inquiry.num_failures += 1
+                part.inquiry.num_failures += 1
                 _log.warning("reward %s failed: %s", _name(scorer), failure)
             alone.append(of_one[0] if of_one is not None else None)
-        inquiry.answered(scorer, alone)
+        part.answered(scorer, alone)
 
 
 def _ask_one(scorer: Scorer, request: ScoreRequest) -> tuple[list[Raw] | None, str]:

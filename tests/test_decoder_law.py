@@ -323,14 +323,12 @@ def best_of_the_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.inquiry is not None
         inquiry, proposed = self.inquiry, self._proposed
         rated = []
-        for place, (candidate, text) in enumerate(proposed):
-            judged, bound = self._judge(candidate, text, inquiry.values(place))
-            if judged is not None and bound is None:
+        for place, candidate, text in proposed:
+            judged, bound = self._judge(place, candidate, text, inquiry)
+            if isinstance(judged, decoder._Judged) and bound is None:
                 rated.append((judged.reward, place))
         if rated:
-            place = max(rated)[1]
-            self._proposed = [proposed[place]]
-            inquiry.values, kept = (lambda _: kept), inquiry.values(place)
+            self._proposed = [proposed[max(rated)[1]]]
         choose(self)
 
     monkeypatch.setattr(Row, "choose", mutant)

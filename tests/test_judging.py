@@ -1,14 +1,37 @@
-"""Workers that call rewards: deadlines, hung calls, limits."""
+"""Who is asked about which candidates, and workers: deadlines, hung calls, limits."""
 
+import dataclasses
+import itertools
 import logging
+import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
+from test_decoder_law import (
+    FALSE_ALARM,
+    MAX_ATTEMPTS,
+    MAX_TOKENS,
+    NUM_TESTS,
+    REFUSAL,
+    REWARDS,
+    chi_square,
+    harmless,
+    law,
+    policy,
+    script,
+    spelled,
+    value,
+)
 
+from langchain_stars import decoder
+from langchain_stars.decoder import Policy, Row
 from langchain_stars.judging import Inquiry, Workers, judging
+from langchain_stars.language_models.base import Prefix, Sampling
+from langchain_stars.rewards import as_reward, maximum, minimum
 from langchain_stars.rewards.base import (
     Completion,
     Leaf,
@@ -17,7 +40,7 @@ from langchain_stars.rewards.base import (
     ScoreRequest,
     Subject,
 )
-from langchain_stars.testing import TableReward
+from langchain_stars.testing import ScriptedLanguageModel, TableReward
 
 
 class Asked(Leaf):
@@ -222,3 +245,406 @@ def test_a_wrong_number_of_answers_is_no_answer(on_device: bool) -> None:
     one = inquiry(Asked(lambda texts: [1.0] * (len(texts) - 1), on_device=on_device))
     settle(one, workers=Workers())
     assert [one.values(place) for place in range(2)] == [None, None]
+
+
+# Asked no more than decides
+
+
+TEXTS = [
+    "".join(letters)
+    for length in range(MAX_TOKENS + 1)
+    for letters in itertools.product("abc", repeat=length)
+]
+
+
+def extent(function: Callable[[str, bool], float]) -> tuple[float, float]:
+    values = [function(text, finished) for text in TEXTS for finished in (False, True)]
+    return min(values), max(values)
+
+
+class Part(Leaf):
+    """A reward in two known bounds, whose scorer counts what it is asked, and costs what it is told."""
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[[str, bool], float],
+        *,
+        on_device: bool = True,
+        cost: float = 1.0,
+        range: tuple[float, float] | None = None,
+    ) -> None:
+        self._range = range or extent(function)
+        self.asked: list[tuple[str, ...]] = []
+        self.scorer = _Part(name, function, self.asked, cost)
+        self.scorer.on_device = on_device  # type: ignore[misc]
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {"name": self._name}
+
+    @property
+    def range(self) -> tuple[float, float]:
+        return self._range
+
+    def read(self, raw: Raw) -> float:
+        return raw[0]
+
+    @property
+    def num_asked(self) -> int:
+        return sum(map(len, self.asked))
+
+
+class _Part(Scorer):
+    def __init__(self, name: str, function: Any, asked: list[tuple[str, ...]], cost: float) -> None:
+        self._name = name
+        self._function = function
+        self._asked = asked
+        self._cost = cost
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {"name": self._name}
+
+    @property
+    def cost(self) -> float:
+        return self._cost
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[list[Raw]]:
+        self._asked += (tuple(each.text for each in request.candidates) for request in requests)
+        return [
+            [(self._function(each.text, each.finished),) for each in request.candidates]
+            for request in requests
+        ]
+
+
+def rest(text: str, finished: bool) -> float:
+    return 0.1 * sum(REWARDS[letter] for letter in text)
+
+
+def most(text: str, finished: bool) -> float:
+    return value(text, finished) - rest(text, finished)
+
+
+def sometimes(function: Callable[[str, bool], float], *endings: str) -> Any:
+    """Fail on the texts with some endings: by an error, or by what is no number."""
+
+    def failing(text: str, finished: bool) -> float:
+        if text.endswith(endings):
+            if len(text) % 2:
+                return math.nan
+            raise ValueError
+        return function(text, finished)
+
+    return failing
+
+
+def parts_of(
+    *, workers: Sequence[str] = (), failing: bool = False, costs: Sequence[float] = (1.0, 2.0)
+) -> dict[str, Part]:
+    functions: dict[str, Any] = {"harmless": harmless, "most": most, "rest": rest}
+    if failing:
+        functions = {
+            "harmless": sometimes(harmless, "cb"),
+            "most": sometimes(most, "ba", "bb"),
+            "rest": sometimes(rest, "ba", "cb", "aa", "cc"),
+        }
+    return {
+        name: Part(
+            name,
+            function,
+            on_device=name not in workers,
+            cost=dict(zip(("most", "rest"), costs, strict=True)).get(name, 1.5),
+            # What fails where it is tried out has the range that it would have.
+            range=extent(whole),
+        )
+        for (name, function), whole in zip(functions.items(), (harmless, most, rest), strict=True)
+    }
+
+
+def guard_of(parts: Mapping[str, Part], on_exhausted: str, **settings: Any) -> Policy:
+    settings = {"count": 3, "schedule": "constant"} | settings
+    guard = policy(settings.pop("schedule"), on_exhausted, count=settings.pop("count"))
+    return dataclasses.replace(
+        guard,
+        objective=parts["most"] + parts["rest"],
+        constraints=(parts["harmless"] >= 0.5,),
+        **settings,
+    )
+
+
+def transcripts(guard: Policy, seeds: Sequence[int], *, lazy: bool) -> list[tuple[Any, ...]]:
+    """Return text and report, or error, of each reply, decoded together."""
+    model, workers = ScriptedLanguageModel(script), Workers()
+    events: dict[int, list[Any]] = {seed: [] for seed in seeds}
+    rows = [
+        Row(
+            prefix=Prefix([10]),
+            subject=Subject(({"role": "user", "content": ""},)),
+            policy=guard,
+            sampling=Sampling(),
+            seed=seed,
+            max_tokens=MAX_TOKENS,
+            decode=model.decode,
+            tell=events[seed].append,
+        )
+        for seed in seeds
+    ]
+    end = time.monotonic() + 60
+    while rows:
+        assert time.monotonic() < end
+        ready = [row for row in rows if decoder.settle(row) and not row.ended]
+        for _ in decoder.advance(model, ready, workers=workers, notify=lambda: None, lazy=lazy):
+            pass
+        rows = [row for row in rows if not row.ended]
+    found = []
+    for of_seed in events.values():
+        *deltas, last = of_seed
+        text = "".join(delta.text for delta in deltas)
+        if isinstance(last, decoder.Report):
+            # How many were drafted is no part of a reply: it depends on the rounds.
+            last = dataclasses.replace(last, num_drafted_tokens=0, policy=None)
+        found.append((text, last if isinstance(last, decoder.Report) else str(last)))
+    return found
+
+
+@pytest.mark.parametrize("failing", [False, True], ids=["sound", "failing"])
+@pytest.mark.parametrize(
+    "workers", [(), ("rest",), ("harmless",), ("harmless", "rest"), ("most", "rest")]
+)
+@pytest.mark.parametrize("on_exhausted", ["fallback", "best", "refuse", "raise"])
+def test_a_reply_does_not_depend_on_who_is_asked_no_more_nor_on_what_anybody_costs(
+    on_exhausted: str, workers: tuple[str, ...], failing: bool
+) -> None:
+    seeds = range(40)
+    all_asked = parts_of(workers=workers, failing=failing)
+    expected = transcripts(guard_of(all_asked, on_exhausted), seeds, lazy=False)
+    for costs in ((1.0, 2.0), (2.0, 1.0)):
+        for count in (1, 3):
+            parts = parts_of(workers=workers, failing=failing, costs=costs)
+            guard = guard_of(parts, on_exhausted, count=count)
+            assert transcripts(guard, seeds, lazy=True) == expected
+            if count == 3:
+                fewer = sum(parts[name].num_asked < all_asked[name].num_asked for name in parts)
+                assert fewer >= (1 if len(workers) < 2 else 0)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "calibrated"])
+def test_held_replies_do_not_depend_on_who_is_asked_no_more(schedule: str) -> None:
+    """Attempts that were rejected on a bound outlast what is taken back."""
+    for on_exhausted in ("fallback", "best", "refuse"):
+        settings = {"schedule": schedule, "holdback": 1, "max_takebacks": 3}
+        eager, lazy = parts_of(), parts_of()
+        expected = transcripts(guard_of(eager, on_exhausted, **settings), range(80), lazy=False)
+        guard = guard_of(lazy, on_exhausted, **settings)
+        assert transcripts(guard, range(80), lazy=True) == expected
+        assert any(report.num_takebacks for _, report in expected)
+        assert lazy["rest"].num_asked < lazy["most"].num_asked < eager["most"].num_asked
+
+
+@pytest.mark.parametrize("on_exhausted", ["fallback", "refuse"])
+def test_replies_judged_on_bounds_have_the_law_of_the_rule(on_exhausted: str) -> None:
+    """False alarm: FALSE_ALARM / NUM_TESTS for each of the 2 cases."""
+    parts = parts_of()
+    guard = guard_of(parts, on_exhausted)
+    seen = Counter(
+        spelled(text, report) if isinstance(report, decoder.Report) else f"{text}!"
+        for text, report in transcripts(guard, range(700_000, 701_500), lazy=True)
+    )
+    assert chi_square(seen, law("constant", on_exhausted)) > FALSE_ALARM / NUM_TESTS
+    assert parts["rest"].num_asked < parts["most"].num_asked < parts["harmless"].num_asked
+
+
+def test_what_a_constraint_rejects_is_asked_of_nobody_else() -> None:
+    parts = parts_of()
+    transcripts(guard_of(parts, "fallback"), range(60), lazy=True)
+    asked = [text for texts in parts["harmless"].asked for text in texts]
+    assert any("cc" in text for text in asked)
+    for name in ("most", "rest"):
+        assert not any("cc" in text for texts in parts[name].asked for text in texts)
+
+
+@pytest.mark.parametrize("on_exhausted", ["fallback", "best", "refuse"])
+@pytest.mark.parametrize("worker", [False, True])
+def test_missing_values_are_had_once_and_only_where_one_of_the_rejected_is_kept(
+    on_exhausted: str, worker: bool
+) -> None:
+    """The threshold is out of reach, as the cheap part alone shows."""
+    parts = parts_of(workers=("rest",) if worker else ())
+    cheap = Part("cheap", lambda text, finished: -10.0, range=(-10.0, 0.0))
+    guard = dataclasses.replace(
+        guard_of(parts, on_exhausted, count=1),
+        objective=cheap + parts["rest"],
+        constraints=(),
+    )
+    [(text, report)] = transcripts(guard, [3], lazy=True)
+    calls = parts["rest"].asked
+    if on_exhausted == "refuse":
+        assert calls == []
+        assert text == REFUSAL
+        return
+    assert report.num_fallbacks == len(report.segments) == len(calls)
+    assert [len(texts) for texts in calls] == [MAX_ATTEMPTS] * len(calls)
+    assert report.segments[0].reward == pytest.approx(
+        -10 + max(rest(each, False) for each in calls[0])
+    ) or (on_exhausted == "fallback")
+
+
+def test_an_attempt_whose_missing_value_cannot_be_had_is_not_kept() -> None:
+    def rest_of_a(text: str, finished: bool) -> float:
+        if not text.startswith("a"):
+            raise ValueError
+        return rest(text, finished)
+
+    def guard(last: Any) -> tuple[Policy, Part]:
+        part = Part("rest", last, range=(-2.0, 2.0))
+        cheap = Part("cheap", lambda text, finished: -10.0, range=(-10.0, 0.0), cost=0.1)
+        whole = dataclasses.replace(
+            guard_of(parts_of(), "fallback"), objective=cheap + part, constraints=()
+        )
+        return whole, part
+
+    sometimes_had = transcripts(guard(rest_of_a)[0], range(40), lazy=True)
+    assert sometimes_had == transcripts(guard(rest_of_a)[0], range(40), lazy=False)
+    assert {text[0] for text, _ in sometimes_had} == {"a", REFUSAL}
+    never = Part("never", lambda text, finished: math.nan if text else 0.0, range=(-1.0, 1.0))
+    cheap = Part("cheap", lambda text, finished: -10.0, range=(-10.0, 0.0), cost=0.1)
+    whole = dataclasses.replace(
+        guard_of(parts_of(), "best"), objective=cheap + never, constraints=()
+    )
+    for lazy in (True, False):
+        for text, report in transcripts(whole, range(5), lazy=lazy):
+            assert text == REFUSAL
+            assert (report.num_attempts, report.num_failures) == (MAX_ATTEMPTS, 0)
+
+
+def ask(*leaves: Leaf, texts: Sequence[str] = ("a", "b"), **settings: Any) -> Inquiry:
+    one = inquiry(*leaves, texts=texts)
+    return Inquiry(one.request, leaves, timeout=5.0, **settings)
+
+
+def test_workers_wait_for_the_device_only_where_that_can_reject() -> None:
+    begun = threading.Event()
+
+    def slow(texts: list[str]) -> list[float]:
+        begun.set()
+        return [1.0] * len(texts)
+
+    def waits(texts: list[str]) -> list[float]:
+        return [float(begun.wait(2.0))] * len(texts)
+
+    for spares in (False, True):
+        begun.clear()
+        on_device, in_worker = Asked(waits, on_device=True), Asked(slow)
+        one = ask(
+            in_worker,
+            on_device,
+            lazy=True,
+            spares_workers=spares,
+            rejects=lambda place, known: None,
+        )
+        settle(one, workers=Workers(), seconds=10)
+        assert one.values(0) == {on_device: float(not spares), in_worker: 1.0}
+
+
+def test_a_policy_knows_whether_the_device_can_reject() -> None:
+    near, bounded = Part("near", most), Part("bounded", rest, on_device=False)
+    far = as_reward(lambda **_: [0.0], name="far")
+
+    def spares(**settings: Any) -> bool:
+        return dataclasses.replace(policy("constant", "refuse", count=1), **settings).spares_workers
+
+    assert not spares(objective=near + far, constraints=())
+    assert spares(objective=near + bounded, constraints=())
+    assert spares(objective=far, constraints=(near >= 0,))
+    assert not spares(objective=far, constraints=(bounded >= 0,))
+    assert spares(objective=minimum(near, far), constraints=())
+    assert not spares(objective=maximum(near, far), constraints=())
+
+
+def test_scorers_are_asked_in_order_and_only_about_what_is_not_rejected() -> None:
+    calls: list[tuple[str, list[str]]] = []
+
+    def asked(name: str, on_device: bool = True) -> Asked:
+        def function(texts: list[str]) -> list[float]:
+            calls.append((name, texts))
+            return [float(text >= name) for text in texts]
+
+        return Asked(function, on_device=on_device)
+
+    a, b, c = asked("a"), asked("b"), asked("c", on_device=False)
+    for lazy in (True, False):
+        calls.clear()
+        one = ask(
+            c,
+            a,
+            b,
+            texts=("a", "b", "c"),
+            order=[b.scorer, a.scorer],
+            lazy=lazy,
+            spares_workers=True,
+            rejects=lambda place, known: "below" if 0.0 in known.values() else None,
+        )
+        settle(one, workers=Workers())
+        assert [one.rejection(place) for place in range(3)] == ["below", "below", None]
+        assert one.values(2) == {a: 1.0, b: 1.0, c: 1.0}
+        if lazy:
+            assert calls == [("b", ["a", "b", "c"]), ("a", ["b", "c"]), ("c", ["b", "c"])]
+            assert one.values(0) is None
+            assert one.known(0) == {b: 0.0}
+            assert list(one.answers(0)) == [b.scorer]
+        else:
+            assert sorted(calls) == [(name, ["a", "b", "c"]) for name in "abc"]
+
+
+def test_replies_whose_rewards_come_in_another_order_still_share_calls() -> None:
+    calls: list[str] = []
+    a, b = (
+        Asked(lambda texts, name=name: calls.append(name) or [0.0], on_device=True) for name in "ab"
+    )
+    one, other = ask(a, b, texts=("a",)), ask(b, texts=("a",))
+    settle(other, one, workers=Workers())
+    assert calls == ["a", "b", "b"]  # one call, which answers two requests
+    crossed = [ask(a, b, texts=("a",)), ask(b, a, texts=("a",))]
+    settle(*crossed, workers=Workers())
+    assert all(each.values(0) == {a: 0.0, b: 0.0} for each in crossed)
+
+
+def test_a_value_out_of_the_range_that_a_reading_promises_is_no_answer() -> None:
+    liar = Part("liar", lambda text, finished: 5.0 if text == "a" else 0.5, range=(0.0, 1.0))
+    one = ask(liar)
+    settle(one, workers=Workers())
+    assert [one.values(place) for place in range(2)] == [None, {liar: 0.5}]
+
+
+def test_after_three_failures_in_a_row_a_function_is_asked_no_more_and_only_then() -> None:
+    calls: list[str] = []
+
+    def failing(texts: list[str]) -> list[float]:
+        calls.extend(texts)
+        raise ValueError
+
+    def asked(rejected: str, *others: Leaf) -> list[str]:
+        calls.clear()
+        first = Asked(lambda texts: [float(t in rejected) for t in texts], on_device=True)
+        one = ask(
+            first,
+            Asked(failing),
+            *others,
+            texts=tuple("abcdef"),
+            lazy=True,
+            spares_workers=True,
+            in_turn=True,
+            rejects=lambda place, known: "rejected" if known.get(first) else None,
+        )
+        settle(one, workers=Workers())
+        return calls[6 - len(rejected) :]
+
+    assert asked("") == list("abc")
+    assert asked("c") == list("abdef")  # the third of these follows the second, but c lies between
+    assert asked("", Asked(lambda texts: [1.0] * len(texts))) == list("abcdef")

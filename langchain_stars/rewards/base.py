@@ -122,8 +122,15 @@ class Scorer(ABC):
 
     @property
     def cost(self) -> float:
-        """What a candidate token costs, relative to one of the language model; 0 is nothing."""
+        """What a candidate token costs, relative to one of the language model; 0 is nothing.
+
+        It matters where `seconds` is None. Neither decides more than speed.
+        """
         return 0.0
+
+    def seconds(self, num_tokens: int) -> float | None:
+        """Return how long reading some tokens of candidates takes; None where nobody measured."""
+        return None
 
     def load(self) -> None:  # noqa: B027 - what is always loaded has nothing to do
         """Load what it needs, once, before its first use; any thread may call it."""
