@@ -273,7 +273,8 @@ def packed_sdpa(
 ) -> tuple[Tensor, None]:
     """Attend, with the query heads that share a key head folded into the length of the query.
 
-    Masked attention over grouped heads would else copy keys and values for every query head.
+    Masked attention over grouped heads would else copy keys and values for every query head. The
+    mask may be folded already, group after group.
     """
     batch, heads, queries, size = query.shape
     groups = heads // key.shape[1]
@@ -293,7 +294,8 @@ def packed_sdpa(
         return out.transpose(1, 2).contiguous(), None
     if groups > 1:
         query = query.reshape(batch, key.shape[1], groups * queries, size)
-        if attention_mask is not None and queries > 1:
+        folded = attention_mask is not None and attention_mask.shape[2] == groups * queries
+        if attention_mask is not None and queries > 1 and not folded:
             attention_mask = attention_mask[..., : key.shape[2]].expand(-1, 1, queries, -1)
             attention_mask = attention_mask.repeat(1, 1, groups, 1)
     out = F.scaled_dot_product_attention(

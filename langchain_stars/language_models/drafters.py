@@ -588,7 +588,12 @@ class _EagerRound(_Round):
         tail = draws.branches * draws.steps
         if draws.branches > 1 or not _uniform(network, lengths, lengths[0] + draws.steps):
             self._mask = TreeMask(
-                network.windows, ends, draws.branches, max(lengths) + tail, dtype=network.dtype
+                network.windows,
+                ends,
+                draws.branches,
+                max(lengths) + tail,
+                groups=network.groups,
+                dtype=network.dtype,
             )
 
     def first(self) -> Sequence[int | None]:
@@ -741,6 +746,7 @@ class RaggedDrafter(Drafter):
             torch.full((rows,), length, device=device),
             branches,
             length + branches,
+            groups=network.groups,
             dtype=network.dtype,
         )
         mask.advance()
@@ -1322,7 +1328,7 @@ def ragged_error(network: Network) -> float:
             ),
             cache=cache,
         )
-    tree = TreeMask(network.windows, ends, 2, longest + 4, dtype=dtype)
+    tree = TreeMask(network.windows, ends, 2, longest + 4, groups=network.groups, dtype=dtype)
     logits = []
     for step in range(2):
         tree.advance()

@@ -124,6 +124,7 @@ _MOST_CANDIDATES = 16
 _ROW_TOKENS = 2048
 _UNLIMITED_CONTEXT = 1 << 20
 _TIMED_QUERIES = (1, 2, 4, 8, 16, 32)
+_TIMED_BESIDE = (64, 128, 256, 512)  # where tokens are cheap until there are hundreds
 _TIMING_SECONDS = 0.4
 
 
@@ -761,6 +762,7 @@ class LocalLanguageModel(LanguageModel):
             hidden=marks[1].to(device),
             cache_name="cache_params" if "cache_params" in accepted else "past_key_values",
             chunk=512 if device.type == "cpu" else 2048,
+            groups=_groups(config) if implementation == ATTENTION else 1,
             asynchronous=device.type != "cpu",
         )
 
@@ -920,6 +922,15 @@ def _dtype_of(model: Any) -> torch.dtype:
     return dtype
 
 
+def _groups(config: Any) -> int:
+    """Return how many query heads share a key head; 1 where that is not the same at every layer."""
+    heads = getattr(config, "num_attention_heads", None)
+    kept = getattr(config, "num_key_value_heads", None)
+    if not isinstance(heads, int) or not isinstance(kept, int) or not kept:
+        return 1
+    return heads // kept
+
+
 def _itemsize(dtype: torch.dtype) -> int:
     return torch.empty((), dtype=dtype).element_size()
 
@@ -1019,8 +1030,19 @@ def _time_steps(drafter: Drafter) -> dict[int, float]:
     The shortest of several times counts: whatever else the machine does only adds to it. On a CPU
     the time is this thread's own, so that others who run meanwhile do not count.
     """
-    clock = time.thread_time if drafter.network.device.type == "cpu" else time.perf_counter
+    clock = time.perf_counter if drafter.network.asynchronous else time.thread_time
     steps = {queries: drafter.stepping(queries) for queries in _TIMED_QUERIES}
+    if drafter.network.asynchronous and isinstance(drafter, RaggedDrafter):
+        for queries in _TIMED_BESIDE:
+            try:
+                rows = queries // _MOST_CANDIDATES
+                step = drafter.stepping(_MOST_CANDIDATES, rows=rows)
+                step().tolist()
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                break  # what does not fit need not be timed
+            steps[queries] = step
 
     def seconds(queries: int) -> float:
         began = clock()

@@ -22,6 +22,8 @@ class TreeMask:
         branches: Branches of a row.
         limit: Number of slots that are read. Where it is a multiple of 8, kernels on CUDA take the
             mask as it lies; else they copy it at every layer.
+        groups: Query heads that share a key head, where the attention takes a mask with the groups
+            folded into the queries; it is then the same at every layer, and copied at none.
         dtype: Of the masks; kernels on CUDA want that of the queries.
     """
 
@@ -32,16 +34,18 @@ class TreeMask:
         branches: int,
         limit: int,
         *,
+        groups: int = 1,
         dtype: torch.dtype,
     ) -> None:
         device = lengths.device
+        groups = groups if branches > 1 else 1  # one query alone is spread over all heads
         self._windows = windows
         self._branches = branches
         self._lengths = lengths[:, None, None]
-        self._own = torch.arange(branches, device=device)[None, :, None]
+        self._own = torch.arange(branches, device=device).repeat(groups)[None, :, None]
         self._slots = torch.arange(limit, device=device)
         self._step = torch.zeros((), dtype=torch.long, device=device)
-        shape = (len(lengths), branches, limit)
+        shape = (len(lengths), groups * branches, limit)
         self._masks = {kind: torch.empty(shape, dtype=dtype, device=device) for kind in windows}
         self.begin()
 
@@ -74,7 +78,7 @@ class TreeMask:
         step.add_(1)
 
     def read(self, first: int, last: int, limit: int) -> Tensor | dict[str, Tensor]:
-        """Return the masks [rows, 1, branches, limit] of some rows; a dictionary if there are kinds."""
+        """Return the masks [rows, 1, queries, limit] of some rows; a dictionary if there are kinds."""
         masks = {kind: mask[first:last, None, :, :limit] for kind, mask in self._masks.items()}
         return next(iter(masks.values())) if len(masks) == 1 else masks
 

@@ -20,6 +20,8 @@ class Network:
         dtype: Of attention masks.
         num_layers: Layers with keys and values.
         windows: Kinds of attention layers, and their sliding windows.
+        groups: Query heads that share a key head, where attention takes masks with the groups folded
+            into the queries; else 1.
         maskless: Whether one query without a mask sees all slots that it is given.
         keeps: Whether the model can be told for which positions logits are wanted.
         context_length: Most tokens of a sequence.
@@ -43,6 +45,7 @@ class Network:
     hidden: Tensor
     cache_name: str = "past_key_values"
     chunk: int = 512
+    groups: int = 1
     asynchronous: bool = False
 
     def forward(

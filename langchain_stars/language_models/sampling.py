@@ -26,6 +26,7 @@ class Warpers:
         temperature: Whether some rows divide their logits.
         most_k: At least the largest of the rows' top-k; 0 where there is none.
         top_p: Whether some rows cut by cumulative probability.
+        few: Whether all those keep no more than `most_k` tokens anyway.
         min_p: Whether some rows cut by relative probability.
     """
 
@@ -35,6 +36,7 @@ class Warpers:
     temperature: bool
     most_k: int
     top_p: bool
+    few: bool
     min_p: bool
 
     @classmethod
@@ -48,6 +50,7 @@ class Warpers:
             temperature=any(s.temperature not in (0, 1) for s in samplings),
             most_k=1 << (most_k - 1).bit_length() if most_k else 0,
             top_p=any(s.top_p < 1 for s in samplings),
+            few=all(s.top_k or s.top_p == 1 for s in samplings),
             min_p=any(s.min_p > 0 for s in samplings),
         )
 
@@ -125,7 +128,8 @@ class Sampler:
         if self._top_k is not None:
             scores = _keep_top_k(scores, self._top_k[rows].long(), self.warpers.most_k)
         if self._top_p is not None:
-            scores = _keep_top_p(scores, self._top_p[rows], self.warpers.most_k, asks=self._asks)
+            few = self.warpers.most_k if self.warpers.few else None
+            scores = _keep_top_p(scores, self._top_p[rows], few, asks=self._asks)
         if self._min_p is not None:
             probabilities = scores.softmax(-1)
             least = self._min_p[rows] * probabilities.amax(-1, keepdim=True)
@@ -193,21 +197,27 @@ def _keep_top_k(scores: Tensor, top_k: Tensor, most: int) -> Tensor:
     return scores.masked_fill(scores < least, -torch.inf)
 
 
-def _keep_top_p(scores: Tensor, top_p: Tensor, most_kept: int, *, asks: bool) -> Tensor:
+def _keep_top_p(scores: Tensor, top_p: Tensor, few: int | None, *, asks: bool) -> Tensor:
     """Cut every token whose likelier tokens hold `top_p` of the probability together.
 
     The likeliest few nearly always hold it, so they are sorted first, and all only if not; without
     asking whether they do, all are sorted.
+
+    Args:
+        scores: Of each token.
+        top_p: Of each row; 1 cuts nothing.
+        few: At least the number of tokens that were left where `top_p` is not 1, if that is known.
+        asks: Whether it may be asked whether the likeliest few hold it.
     """
     vocab = scores.shape[-1]
     partial = top_p < 1
-    guess = min(max(_NUCLEUS_GUESS, most_kept), vocab)
-    if asks:
+    guess = min(max(_NUCLEUS_GUESS, 2 * (few or 0)), vocab)  # twice: the last ones may be tied
+    if asks or few:
         likeliest, ids = scores.topk(guess, dim=-1)
         probabilities = (likeliest - scores.logsumexp(-1, keepdim=True)).exp()
         reached = probabilities.cumsum(-1)
         enough = (reached[..., -1:] >= top_p) | (likeliest[..., -1:] == -torch.inf) | ~partial
-        if guess == vocab or bool(enough.all()):
+        if few or guess == vocab or bool(enough.all()):
             cut = reached - probabilities >= top_p
             cut[..., 0] = False
             kept = torch.full_like(scores, -torch.inf)

@@ -56,9 +56,11 @@ class CudaRecorder:
         """Do the work on the stream that records, between what the current one does."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            work()
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                work()
+        finally:
+            current.wait_stream(self._stream)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Return the replay of a new graph."""
@@ -241,7 +243,12 @@ class Stage:
         self.drawn = torch.zeros(self._numbers.shape, dtype=torch.long, device=device)
         self.ended = torch.zeros((rows, branches), dtype=torch.bool, device=device)
         self._mask = TreeMask(
-            network.windows, self._lengths, branches, shape.limit, dtype=network.dtype
+            network.windows,
+            self._lengths,
+            branches,
+            shape.limit,
+            groups=network.groups,
+            dtype=network.dtype,
         )
         self._sampler = Sampler(
             _filled(samplings, rows), hidden=network.hidden, device=device, asks=False
