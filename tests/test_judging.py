@@ -648,3 +648,57 @@ def test_after_three_failures_in_a_row_a_function_is_asked_no_more_and_only_then
     assert asked("") == list("abc")
     assert asked("c") == list("abdef")  # the third of these follows the second, but c lies between
     assert asked("", Asked(lambda texts: [1.0] * len(texts))) == list("abcdef")
+
+
+class Timed(Part):
+    """Says how long it takes."""
+
+    def __init__(self, name: str, function: Any, *, seconds: float | None, **settings: Any) -> None:
+        super().__init__(name, function, **settings)
+        self.scorer.seconds = lambda num_tokens: seconds  # type: ignore[method-assign]
+
+
+def test_what_takes_less_time_is_asked_first_and_more_is_drafted_for_it() -> None:
+    """Seconds where they were measured, else the cost in steps of the language model: 1 s each."""
+
+    def run(of_most: float | None, of_rest: float | None) -> tuple[list[Any], int, int, int]:
+        parts = parts_of(costs=(1.5, 1.0)) | {
+            "most": Timed("most", most, seconds=of_most, cost=1.5),
+            "rest": Timed("rest", rest, seconds=of_rest, cost=1.0),
+        }
+        guard = dataclasses.replace(guard_of(parts, "fallback"), adaptive=True, max_candidates=3)
+        found = transcripts(guard, range(40), lazy=True)
+        return found, *(parts[name].num_asked for name in ("harmless", "most", "rest"))
+
+    replies, _, of_most, of_rest = run(0.1, 0.2)
+    assert of_rest < of_most
+    expected = run(None, None)
+    assert expected[0] == replies
+    assert expected[3] >= expected[2]
+    for times in ((1.0, None), (None, 2.0), (1e-9, 1e-9), (1e9, 1e9)):
+        assert run(*times)[0] == replies
+
+
+def test_fewer_are_drafted_at_once_where_judging_takes_long() -> None:
+    model = ScriptedLanguageModel(script)
+
+    def drafted(seconds: float) -> int:
+        part = Timed("value", value, seconds=seconds)
+        guard = dataclasses.replace(
+            policy("constant", "refuse", count=3), objective=part, constraints=(), adaptive=True
+        )
+        row = Row(
+            prefix=Prefix([10]),
+            subject=Subject(()),
+            policy=guard,
+            sampling=Sampling(),
+            seed=0,
+            max_tokens=MAX_TOKENS,
+            decode=model.decode,
+            tell=lambda event: None,
+        )
+        row.prepare()
+        return decoder._counts(model, [row], lazy=False)[0]
+
+    assert drafted(1e-9) > 1
+    assert drafted(1e9) == 1

@@ -28,6 +28,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from langchain_stars import packing, rewards
 from langchain_stars.ragged_cache import RaggedCache, tree_mask
@@ -1845,6 +1846,75 @@ def test_a_prompt_that_finds_no_memory_is_not_stored_and_its_row_is_freed(
     assert packed_of(keeping).num_rows == 0
     assert packed_of(keeping).prompts.num_bytes == 0
     assert keeping.counters.backoffs == 2
+
+
+# Classifiers: how long they take
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_time_of_reading_is_measured_once_for_a_model_whoever_asks(
+    family: str,
+    make_folder: Callable[..., Path],
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, times = make_folder(family, num_labels=1, seed=3), []
+    measure = classifiers._time_readings
+
+    def counted(*arguments: Any) -> dict[int, float]:
+        times.append(measure(*arguments))
+        return times[-1]
+
+    monkeypatch.setattr(classifiers, "_time_readings", counted)
+    one, other = SequenceClassifier(folder), SequenceClassifier(folder, closed="always")
+    asked = Replies(tokenizer, 2).requests()
+    one.score(asked)
+    counters = one.counters
+    known = [one.seconds(count) for count in (1, 4, 10, 64, 500)]
+    assert [other.seconds(count) for count in (1, 4, 10, 64, 500)] == known
+    [table] = times
+    assert sorted(table) == [1, 4, 16, 64]
+    assert 0 < table[1] <= table[4] <= table[16] <= table[64] < 5
+    assert known == sorted(known)
+    assert known[:2] == [table[1], table[4]]
+    assert known[2] == pytest.approx((table[4] + table[16]) / 2)
+    slope = (table[64] - table[16]) / 48
+    assert known[4] == pytest.approx(table[64] + 436 * slope)
+    assert one.counters == counters  # nothing of it is left
+    assert worst_difference(Twin(folder), asked, one.score(asked)) < TOLERANCE
+    told = SequenceClassifier(folder, cost=0.5)
+    assert (told.seconds(4), told.cost) == (None, 0.5)
+    assert len(times) == 1
+
+
+def test_a_model_that_cannot_be_timed_costs_what_is_usual(
+    make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    short = SequenceClassifier(make_folder("llama", num_labels=1, seed=3), max_length=20)
+    assert short.seconds(4) is not None  # its own limit is not the model's
+    tiny = make_folder("llama", num_labels=1, seed=3, max_position_embeddings=64)
+    scorer = SequenceClassifier(tiny)
+    assert (scorer.seconds(4), scorer.cost) == (None, 0.125)
+
+    def broken(*arguments: Any, **keywords: Any) -> Any:
+        raise torch.OutOfMemoryError("made by the test")
+
+    failing = SequenceClassifier(make_folder("qwen2", num_labels=1, seed=3))
+    failing.load()
+    monkeypatch.setattr(packed.PackedModel, "read", broken)
+    assert failing.seconds(4) is None
+
+
+def test_loading_a_reward_shows_no_progress_bar(
+    make_folder: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    transformers_logging.enable_progress_bar()
+    try:
+        SequenceClassifier(make_folder("mistral", num_labels=1, seed=9)).load()
+        assert transformers_logging.is_progress_bar_enabled()
+    finally:
+        transformers_logging.disable_progress_bar()
+    assert "Loading" not in "".join(capfd.readouterr())
 
 
 # Classifiers: what is not finite

@@ -5,15 +5,19 @@ keeps what it has read of every reply and reads the candidates of a round in one
 encoder reads each text anew. Both give, for the same token ids, what the plain model gives.
 """
 
+import bisect
 import copy
+import itertools
 import json
 import logging
 import math
 import os
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -92,6 +96,10 @@ _KEEPING = frozenset(
     }
 )
 _SENTINEL = "REPLYGOESHERE"
+_COST = 0.125  # of a classifier that could not be timed
+_TIMED_TOKENS = (1, 4, 16, 64)
+_TIMED_PROMPT = 32
+_TIMING_SECONDS = 0.1
 _NEVER = 10**6  # tokenizers without a limit give a number far beyond this one
 
 
@@ -328,7 +336,8 @@ class SequenceClassifier(Scorer):
         prompt_bytes: Most memory, at least 0, for prompts that later replies may begin with; 0
             keeps none. Only replies of a named partition share (see `Subject`), and only with
             those of the same. A model that reads every text anew keeps none.
-        cost: What a token costs, relative to one of the language model, at least 0.
+        cost: What a token costs, relative to one of the language model, at least 0. If not given,
+            the time of reading is measured, once for a loaded model. It decides nothing but speed.
 
     Attributes:
         name: Hub id or folder.
@@ -358,7 +367,7 @@ class SequenceClassifier(Scorer):
         max_length: int | None = None,
         max_tokens: int = 4096,
         prompt_bytes: int = 1 << 28,
-        cost: float = 0.125,
+        cost: float | None = None,
     ) -> None:
         if view not in (None, "chat", "pair", "hh", "reply"):
             raise ValueError(f"`view` must be 'chat', 'pair', 'hh' or 'reply', got {view!r}")
@@ -370,7 +379,7 @@ class SequenceClassifier(Scorer):
             raise ValueError(f"`max_tokens` must be at least 16, got {max_tokens}")
         if prompt_bytes < 0:
             raise ValueError(f"`prompt_bytes` must be at least 0, got {prompt_bytes}")
-        if not cost >= 0:
+        if cost is not None and not cost >= 0:
             raise ValueError(f"`cost` must be at least 0, got {cost}")
         if isinstance(dtype, torch.dtype):
             dtype = str(dtype).removeprefix("torch.")
@@ -446,8 +455,24 @@ class SequenceClassifier(Scorer):
 
     @property
     def cost(self) -> float:
-        """What a token costs, relative to one of the language model."""
-        return self._cost
+        """What a token costs, relative to one of the language model, where that is not measured."""
+        return _COST if self._cost is None else self._cost
+
+    def seconds(self, num_tokens: int) -> float | None:
+        """Return how long reading some tokens takes, from passes measured when this is first asked.
+
+        None where `cost` was given, or the model could not be measured.
+        """
+        if self._cost is not None:
+            return None
+        with self._lock:
+            self.load()
+            assert self._loaded is not None
+            keeps = isinstance(self._runner, _KeepingRunner)
+            table = self._loaded.seconds.get(keeps)
+            if table is None:
+                table = self._loaded.seconds[keeps] = _time_readings(self._loaded, keeps)
+        return _interpolated(table, num_tokens) if table else None
 
     @property
     def counters(self) -> Counters:
@@ -675,6 +700,7 @@ class _Loaded:
         vocabulary: Fingerprint of the tokenizer.
         keeps: Whether what it has read of a reply is kept.
         encodes: Whether it reads a text whole, so that separators around it are part of it.
+        seconds: How long reading a number of tokens takes, by whether what was read is kept.
         tokenizer_lock: Held by who encodes: whether control tokens are text is the tokenizer's
             own state, and its copies share it.
     """
@@ -684,6 +710,7 @@ class _Loaded:
     vocabulary: str
     keeps: bool
     encodes: bool
+    seconds: dict[bool, dict[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tokenizer_lock = threading.Lock()
@@ -825,23 +852,23 @@ def _packed(loaded: _Loaded, max_tokens: int, prompt_bytes: int = 0) -> PackedMo
 
 
 class _Probe:
-    """Stands for a reply when a model is checked."""
+    """Stands for a reply when a model is checked or timed."""
+
+
+def _some_ids(loaded: _Loaded, count: int, seed: int) -> list[int]:
+    """Return token ids of which none is padding."""
+    config = loaded.model.config
+    ordinary = [
+        token_id
+        for token_id in range(min(config.vocab_size, 64))
+        if token_id != config.pad_token_id
+    ]
+    return [ordinary[(seed + 7 * index + index * index) % len(ordinary)] for index in range(count)]
 
 
 def _difference(loaded: _Loaded) -> float:
     """Return how far kept KV is from plain recomputation, relative to the logits' size."""
-    model = loaded.model
-    ordinary = [
-        token_id
-        for token_id in range(min(model.config.vocab_size, 64))
-        if token_id != model.config.pad_token_id
-    ]
-
-    def some(count: int, seed: int) -> list[int]:
-        return [
-            ordinary[(seed + 7 * index + index * index) % len(ordinary)] for index in range(count)
-        ]
-
+    model, some = loaded.model, partial(_some_ids, loaded)
     probes = [_Probe(), _Probe()]
     prompts = [some(9, 1), some(5, 2)]
     first = [[some(4, 3), some(6, 4)], [some(3, 5), some(1, 6)]]
@@ -880,6 +907,63 @@ def _difference(loaded: _Loaded) -> float:
         )
         return math.inf
     return greatest if math.isfinite(greatest) else math.inf
+
+
+def _time_readings(loaded: _Loaded, keeps: bool) -> dict[int, float]:
+    """Measure how long reading a few tokens behind a short prompt takes, in seconds.
+
+    The shortest of several times counts: whatever else the machine does only adds to it. On a CPU
+    the time is this thread's own. Nothing, where the model does not read as many.
+    """
+    device = input_device(loaded.model)
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    ids = _some_ids(loaded, _TIMED_PROMPT + max(_TIMED_TOKENS), 1)
+    limit = _limit(loaded, None)
+    if limit is not None and limit < len(ids):
+        return {}
+    packed, probe = _packed(loaded, len(ids)) if keeps else None, _Probe()
+
+    def read(count: int) -> None:  # and wait for the device
+        if packed is not None:
+            reading = Reading(
+                subject=probe,
+                lane="",
+                prompt_ids=ids[:_TIMED_PROMPT],
+                accepted_ids=(),
+                candidates=[ids[_TIMED_PROMPT : _TIMED_PROMPT + count]],
+            )
+            packed.read([reading])
+        else:
+            text = torch.tensor([ids[: _TIMED_PROMPT + count]], device=device)
+            loaded.model(input_ids=text).logits.cpu()
+
+    def seconds(count: int) -> float:
+        began = clock()
+        read(count)
+        return clock() - began
+
+    try:
+        with torch.inference_mode():
+            for count in _TIMED_TOKENS:
+                read(count)
+            began = time.perf_counter()
+            table = {count: seconds(count) for count in _TIMED_TOKENS}
+            while time.perf_counter() - began < _TIMING_SECONDS:
+                for count, least in table.items():
+                    table[count] = min(least, seconds(count))
+    except Exception as error:  # whatever a family does that was not foreseen, or no memory
+        _log.info("%s was not timed: %s", loaded.model.config.model_type, type(error).__name__)
+        return {}
+    longest = itertools.accumulate(table.values(), max)  # more tokens never take less
+    return dict(zip(table, longest, strict=True))
+
+
+def _interpolated(table: Mapping[int, float], count: int) -> float:
+    """Return the time of a number of tokens, straight between and beyond the measured ones."""
+    sizes = sorted(table)
+    at = min(max(bisect.bisect_left(sizes, count), 1), len(sizes) - 1)
+    low, high = sizes[at - 1], sizes[at]
+    return table[low] + (table[high] - table[low]) / (high - low) * (count - low)
 
 
 # From chats to token ids
