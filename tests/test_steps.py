@@ -34,7 +34,8 @@ SAMPLINGS = (
     Sampling(temperature=0.0),
     Sampling(min_p=0.05, repetition_penalty=0.8),
 )
-ASKS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}
+# What makes the host wait for the device, or brings it something that only the host knows.
+ASKS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "lift_fresh"}
 
 
 class Tape(TorchDispatchMode):
@@ -50,7 +51,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        assert func.overloadpacket.__name__ not in ASKS, f"{func} asks the device"
+        assert func.overloadpacket.__name__ not in ASKS, f"{func} waits or tells"
         for value, argument in zip(args, func._schema.arguments, strict=False):
             written = argument.alias_info is not None and argument.alias_info.is_write
             if written and id(value) not in self._before:
@@ -534,6 +535,25 @@ def test_the_time_of_a_static_round_is_that_of_what_is_computed(load: Loader) ->
     eager = drafter_of(load(steps="eager")).stepping(4, rows=2, length=40)
     assert tree().shape == eager().shape == (2, 4)
     assert copies().shape == (8, 1)
+
+
+def test_where_tokens_are_cheap_wide_steps_are_timed_as_far_as_memory_goes(
+    load: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language_model = load(steps="eager")
+    drafter = drafter_of(language_model)
+    drafter.network.asynchronous = True
+    stepping = drafter.stepping
+
+    def small(queries: int, *, rows: int = 1, **settings: Any) -> Any:
+        if rows >= 16:
+            raise torch.OutOfMemoryError("made by the test")
+        return stepping(queries, rows=rows, **settings)
+
+    monkeypatch.setattr(drafter, "stepping", small)
+    assert language_model.round_seconds(64, 16, 2) > 0
+    [table] = language_model._weights().seconds.values()
+    assert sorted(table) == [1, 2, 4, 8, 16, 32, 64, 128]
 
 
 # Compiled

@@ -219,11 +219,11 @@ def _keep_top_p(scores: Tensor, top_p: Tensor, few: int | None, *, asks: bool) -
         enough = (reached[..., -1:] >= top_p) | (likeliest[..., -1:] == -torch.inf) | ~partial
         if few or guess == vocab or bool(enough.all()):
             cut = reached - probabilities >= top_p
-            cut[..., 0] = False
+            cut[..., 0].fill_(False)
             kept = torch.full_like(scores, -torch.inf)
             kept.scatter_(-1, ids, likeliest.masked_fill(cut, -torch.inf))
             return torch.where(partial, kept, scores)
     ascending, ids = scores.sort(dim=-1)
     cut = (ascending.softmax(-1).cumsum(-1) <= 1 - top_p) & partial
-    cut[..., -1] = False
+    cut[..., -1].fill_(False)
     return scores.masked_fill(torch.zeros_like(cut).scatter_(-1, ids, cut), -torch.inf)
