@@ -1064,10 +1064,14 @@ def _reading_seconds(language_model: LanguageModel, row: Row, num_tokens: int) -
 
 def _seconds(language_model: LanguageModel, scorer: Scorer, *, num_tokens: int) -> float:
     """Return how long a scorer is thought to read some tokens; decides nothing but speed."""
-    measured = scorer.seconds(num_tokens)
+    try:
+        measured, cost = scorer.seconds(num_tokens), scorer.cost
+    except Exception as error:  # where it cannot be asked, it will say so when it judges
+        _log.warning("the time of %s is unknown: %s", type(scorer).__name__, type(error).__name__)
+        return 0.0
     if measured is not None:
         return measured
-    return scorer.cost and scorer.cost * language_model.round_seconds(num_tokens, 1, 1)
+    return cost and cost * language_model.round_seconds(num_tokens, 1, 1)
 
 
 def _completion(text: Text) -> Completion:

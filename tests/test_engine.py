@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from langchain_stars.engine import (
 )
 from langchain_stars.language_models.base import Drafting
 from langchain_stars.rewards.callables import as_reward
+from langchain_stars.rewards.classifiers import SequenceClassifier, SequenceReward
 from langchain_stars.testing import ScriptedLanguageModel, TableReward
 
 
@@ -554,6 +556,42 @@ def test_rewards_are_told_whose_prompts_may_be_shared_and_that_a_question_is_nob
     text_of(engine, order(model, guard))
     engine.judge(reward, [[{"role": "user", "content": "hi"}]])
     assert reward.seen == {("ann", "batch"), ("", "interactive"), ("", "questions")}
+
+
+@pytest.mark.parametrize("partition", ["ann", ""])
+def test_what_a_reward_shares_between_replies_changes_none_of_them(
+    engine: Engine, reward_folder: Path, partition: str
+) -> None:
+    """Threads with one system message, turn after turn, with the store of prompts and without it."""
+    model = ScriptedLanguageModel(script)
+
+    def run(prompt_bytes: int) -> tuple[list[str], SequenceClassifier]:
+        scorer = SequenceClassifier(reward_folder, prompt_bytes=prompt_bytes)
+        guard = Policy(
+            objective=SequenceReward(scorer),
+            acceptance=Acceptance(schedule=Constant(0.0), beta=0.5, max_attempts=4),
+            segment_size=2,
+        )
+        texts = []
+        for thread in range(4):
+            chat = [{"role": "system", "content": "You are kind, and you know the stars."}]
+            for turn in range(3):
+                chat = [*chat, {"role": "user", "content": f"Question {thread}, {turn}"}]
+                settings = {"chat": chat, "seed": 10 * thread + turn, "partition": partition}
+                texts.append(text_of(engine, order(model, guard, **settings)))
+                chat = [*chat, {"role": "assistant", "content": texts[-1]}]
+        until(lambda: idle(engine))
+        return texts, scorer
+
+    off, without = run(0)
+    on, with_store = run(1 << 20)
+    assert on == off
+    assert len(set(on)) > 4
+    counted, plain = with_store.counters, without.counters
+    assert counted.prompt_tokens + counted.reused_tokens == plain.prompt_tokens
+    assert plain.reused_tokens == 0
+    assert (counted.reused_tokens > plain.prompt_tokens / 2) == bool(partition)
+    assert counted.reused_tokens == 0 or partition
 
 
 def test_a_hundred_policies_see_only_their_own_words(engine: Engine) -> None:

@@ -702,3 +702,16 @@ def test_fewer_are_drafted_at_once_where_judging_takes_long() -> None:
 
     assert drafted(1e-9) > 1
     assert drafted(1e9) == 1
+
+
+def test_a_scorer_that_cannot_tell_how_long_it_takes_still_judges() -> None:
+    parts = parts_of()
+
+    def unknown(num_tokens: int) -> float:
+        raise OSError("a path of somebody's")
+
+    expected = transcripts(guard_of(parts, "fallback"), range(10), lazy=True)
+    for part in parts.values():
+        part.scorer.seconds = unknown  # type: ignore[method-assign]
+    guard = dataclasses.replace(guard_of(parts, "fallback"), adaptive=True)
+    assert transcripts(guard, range(10), lazy=True) == expected
