@@ -274,7 +274,7 @@ def packed_sdpa(
     """Attend, with the query heads that share a key head folded into the length of the query.
 
     Masked attention over grouped heads would else copy keys and values for every query head. The
-    mask may be folded already, group after group.
+    mask may be folded already, group after group; where a layer has other groups, it is folded anew.
     """
     batch, heads, queries, size = query.shape
     groups = heads // key.shape[1]
@@ -292,12 +292,12 @@ def packed_sdpa(
             enable_gqa=groups > 1,
         )
         return out.transpose(1, 2).contiguous(), None
+    if attention_mask is not None and queries > 1 and attention_mask.shape[2] != groups * queries:
+        attention_mask = attention_mask[:, :, :queries, : key.shape[2]]
+        if groups > 1:
+            attention_mask = attention_mask.expand(-1, 1, queries, -1).repeat(1, 1, groups, 1)
     if groups > 1:
         query = query.reshape(batch, key.shape[1], groups * queries, size)
-        folded = attention_mask is not None and attention_mask.shape[2] == groups * queries
-        if attention_mask is not None and queries > 1 and not folded:
-            attention_mask = attention_mask[..., : key.shape[2]].expand(-1, 1, queries, -1)
-            attention_mask = attention_mask.repeat(1, 1, groups, 1)
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
     )

@@ -23,6 +23,7 @@ from langchain_stars.language_models import drafters as drafters_module
 from langchain_stars.language_models.drafters import RaggedDrafter
 from langchain_stars.language_models.sampling import Sampler
 from langchain_stars.language_models.steps import Recording, Runner
+from langchain_stars.ragged_cache import packed_sdpa
 
 FolderMaker = Callable[..., Path]
 Loader = Callable[..., LocalLanguageModel]
@@ -299,6 +300,20 @@ def test_what_fills_up_writes_nothing_that_a_reply_reads(load: Loader) -> None:
         assert torch.equal(one, other)
     assert torch.equal(scored, pool.logits[last])
     assert pool.cache._layers[0].buffers[0][last, :, spare].abs().sum() > 0
+
+
+@pytest.mark.parametrize("kept", [1, 2, 4])
+@pytest.mark.parametrize("folded", [1, 2, 4])
+def test_attention_takes_a_mask_that_is_folded_for_other_groups(kept: int, folded: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn((2, 4, 3, 8), generator=generator)
+    key, value = (torch.randn((2, kept, 9, 8), generator=generator) for _ in range(2))
+    mask = torch.randn((2, 1, 3, 9), generator=generator)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, enable_gqa=True
+    )
+    got, _ = packed_sdpa(torch.nn.Module(), query, key, value, mask.repeat(1, 1, folded, 1))
+    torch.testing.assert_close(got.transpose(1, 2), wanted)
 
 
 # Recorded
