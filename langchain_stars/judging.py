@@ -27,7 +27,10 @@ from langchain_stars.rewards.base import (
 _log = logging.getLogger(__name__)
 
 MAX_FAILURES_IN_A_ROW = 3
-"""Attempts whose rewards fail, one after the other, until the reply ends."""
+"""Attempts on which a reward fails, one after the other, until the reply ends.
+
+One that another reward rejects is rejected and has not failed: it may not even have been asked.
+"""
 
 Rejects: TypeAlias = Callable[[int, Mapping[Leaf, float]], str | None]
 """Returns what rejects a candidate, by its place, given the values of some leaves; or None."""
@@ -185,7 +188,7 @@ class Inquiry:
         self.request = request
         self.leaves = tuple(leaves)
         self.num_failures = 0
-        self.in_turn = in_turn
+        self._in_turn = in_turn
         self._timeout = timeout
         self._rejects = rejects
         self._lazy = lazy and rejects is not None
@@ -266,7 +269,7 @@ class Inquiry:
         if self._begun or (self._waits and self.pending):
             return
         self._begun = True
-        last = self.in_turn and len(self._in_workers) == 1 and not self.pending
+        last = self._in_turn and len(self._in_workers) == 1 and not self.pending
         for scorer in self._in_workers:
             places = self.ask(scorer)
             if places:

@@ -335,7 +335,8 @@ class SequenceClassifier(Scorer):
         max_tokens: Most tokens of a forward pass, padding included, at least 16.
         prompt_bytes: Most memory, at least 0, for prompts that later replies may begin with; 0
             keeps none. Only replies of a named partition share (see `Subject`), and only with
-            those of the same. A model that reads every text anew keeps none.
+            those of the same. Keys and values that were computed in another batch differ in the
+            last bits. A model that reads every text anew keeps none.
         cost: What a token costs, relative to one of the language model, at least 0. If not given,
             the time of reading is measured, once for a loaded model. It decides nothing but speed.
 
