@@ -15,12 +15,15 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import langchain_stars
@@ -35,6 +38,7 @@ _PROGRAM = "langchain-stars"
 _WRONG, _INTERRUPTED = 2, 130
 _MAX_WIDTH = 96
 _MARGIN = 9
+_PATIENCE = 0.05
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -246,30 +250,39 @@ def _run_chat(arguments: argparse.Namespace) -> int:
         return 0
     if sys.stdin.isatty():
         _greet(screen, arguments)
-    while True:
-        try:
-            text = _ask(screen)
-        except EOFError:
-            break
-        except KeyboardInterrupt:
-            screen.line()
-            screen.paragraph("Ctrl-D ends the chat.", "dim")
-            continue
-        if not text.strip():
-            continue
-        try:
-            _tell(screen, thread, text)
-        except KeyboardInterrupt:
-            screen.paragraph("stopped", "dim")
-        except _expected_errors() as error:
-            if not sys.stdin.isatty():
-                raise
-            screen.paragraph(_in_a_line(error), "red")
-        if screen.laid_out:
-            screen.line()
+    with _typed_ahead():
+        while _take_turn(screen, thread):
+            pass
     if screen.is_terminal:
         screen.line()
     return 0
+
+
+def _take_turn(screen: _Screen, thread: _Thread) -> bool:
+    """Ask what the user says, and answer it; return whether the chat goes on."""
+    asked = False
+    try:
+        text = _ask(screen)
+        asked = True
+        if text.strip():
+            _tell(screen, thread, text)
+            if screen.laid_out:
+                screen.line()
+    except EOFError:
+        return False
+    except KeyboardInterrupt:
+        if not asked:
+            screen.line()
+        screen.paragraph("stopped" if asked else "Ctrl-D ends the chat.", "dim")
+        if asked and screen.laid_out:
+            screen.line()
+    except _expected_errors() as error:
+        if not sys.stdin.isatty():
+            raise
+        screen.paragraph(_in_a_line(error), "red")
+        if screen.laid_out:
+            screen.line()
+    return True
 
 
 def _ask(screen: _Screen) -> str:
@@ -278,9 +291,81 @@ def _ask(screen: _Screen) -> str:
         return input()
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - importing it is what makes lines editable
-    screen.write("you".ljust(_MARGIN), "bold")
-    # An empty prompt would let the line editor take the label for its own line and erase it.
-    return input()
+    with _heard():
+        screen.write("you".ljust(_MARGIN), "bold")
+        # An empty prompt would let the line editor take the label for its own line and erase it.
+        return input()
+
+
+@contextlib.contextmanager
+def _typed_ahead() -> Iterator[None]:
+    """Keep whatever is typed for the prompt that comes next, as it was typed and in its order.
+
+    Between prompts a terminal would edit lines itself: it would write them into replies, and take
+    Ctrl-D for the end of a line. The editor of the prompts finds every key where there is one.
+    """
+    mode = _mode()
+    if mode is None or not sys.stdout.isatty():  # then `input` leaves the editing to the terminal
+        yield
+        return
+    try:
+        import readline  # noqa: F401 - what edits the lines of `input`
+    except ImportError:
+        yield
+        return
+    import termios
+
+    descriptor, before = mode
+    keys = list(before[6])
+    keys[termios.VMIN], keys[termios.VTIME] = 1, 0
+    plain = [*before[:3], before[3] & ~(termios.ICANON | termios.ECHO), *before[4:6], keys]
+    termios.tcsetattr(descriptor, termios.TCSANOW, plain)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSANOW, before)
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[None]:
+    """Have an interrupt heard that comes when the wait for a key has all but begun.
+
+    Python looks for one before it waits, and when one ends the wait; what comes between the two
+    would be heard at the next key. So it is sent again until it has been heard.
+    """
+    waiting = threading.main_thread().ident
+    if (
+        waiting != threading.get_ident()
+        or not hasattr(signal, "pthread_kill")
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    heard = threading.Event()
+    hearing, telling = os.pipe()
+    os.set_blocking(telling, False)
+
+    def repeat() -> None:
+        with open(hearing, "rb", buffering=0) as signals:
+            while number := signals.read(1):
+                while number[0] == signal.SIGINT and not heard.wait(_PATIENCE):
+                    signal.pthread_kill(waiting, signal.SIGINT)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        heard.set()
+        signal.default_int_handler(number, frame)
+
+    before = -1
+    try:
+        signal.signal(signal.SIGINT, interrupt)
+        before = signal.set_wakeup_fd(telling, warn_on_full_buffer=False)
+        threading.Thread(target=repeat, name="stars-keyboard", daemon=True).start()
+        yield
+    finally:
+        heard.set()
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.close(telling)
 
 
 def _greet(screen: _Screen, arguments: argparse.Namespace) -> None:
@@ -847,17 +932,29 @@ def _tell(screen: _Screen, thread: _Thread, text: str) -> _Turn:
     return turn
 
 
+def _mode() -> tuple[int, list[Any]] | None:
+    """Return the descriptor and the settings of the terminal that is typed at, where it is one."""
+    try:
+        import termios
+    except ImportError:
+        return None
+    try:
+        descriptor = sys.stdin.fileno()
+        return descriptor, termios.tcgetattr(descriptor)
+    except (OSError, ValueError, termios.error):
+        return None
+
+
 @contextlib.contextmanager
 def _unechoed() -> Iterator[None]:
     """Keep what is typed while a reply is made from being written into it."""
-    try:
-        import termios
-
-        descriptor = sys.stdin.fileno()
-        before = termios.tcgetattr(descriptor)
-    except (ImportError, OSError, ValueError, termios.error):
+    mode = _mode()
+    if mode is None:
         yield
         return
+    import termios
+
+    descriptor, before = mode
     silent = before[:3] + [before[3] & ~termios.ECHO] + before[4:]
     termios.tcsetattr(descriptor, termios.TCSANOW, silent)
     try:

@@ -73,11 +73,13 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 class Terminal:
     """A command that runs in a terminal of its own."""
 
-    def __init__(self, *arguments: str, **more: str) -> None:
+    def __init__(self, *arguments: str, code: str = "", **more: str) -> None:
         self.read = ""
         self._pid, self._descriptor = pty.fork()
         if not self._pid:  # the child
             command = [sys.executable, "-m", "langchain_stars.cli", *arguments]
+            if code:
+                command = [sys.executable, "-c", code]
             os.execvpe(command[0], command, environment(TERM="xterm-256color", **more))
 
     def wait_for(self, pattern: str, timeout: float = 120) -> str:
@@ -97,7 +99,6 @@ class Terminal:
         return before
 
     def type(self, text: str) -> None:
-        time.sleep(0.5)  # as a person: what is typed before the prompt is ready is dropped
         os.write(self._descriptor, text.encode())
 
     def exit_code(self) -> int:
@@ -394,6 +395,69 @@ def test_an_interrupt_ends_the_reply_and_not_the_chat(
         assert "\x1b[3" not in shown
         terminal.wait_for("you +")
     terminal.type("\x04")
+    assert terminal.exit_code() == 0
+
+
+@needs_terminal
+@pytest.mark.parametrize(
+    ("typed", "answer"), [("\x03", "interrupted"), ("\x04", "ended"), ("word\n", "said word")]
+)
+def test_what_is_typed_the_moment_that_a_prompt_appears_counts(
+    typed: str, answer: str, terminals: list[Terminal]
+):
+    """Of interrupts and ends, about one in fifty would be lost."""
+    terminal = Terminal(
+        code=(
+            "from langchain_stars import cli\n"
+            "screen = cli._Screen()\n"
+            "with cli._typed_ahead():\n"
+            "    for _ in range(100):\n"
+            "        try:\n"
+            "            screen.line('said ' + cli._ask(screen))\n"
+            "        except KeyboardInterrupt:\n"
+            "            screen.line('interrupted')\n"
+            "        except EOFError:\n"
+            "            screen.line('ended')\n"
+        )
+    )
+    terminals.append(terminal)
+    for _ in range(100):
+        terminal.wait_for("you +", timeout=30)
+        terminal.type(typed)
+        terminal.wait_for(answer, timeout=10)
+    assert terminal.exit_code() == 0
+
+
+@needs_terminal
+def test_what_is_typed_during_a_reply_is_not_in_it_and_counts_behind_it(
+    terminals: list[Terminal],
+):
+    terminal = Terminal(
+        code=(
+            "import time\n"
+            "from langchain_stars import cli\n"
+            "screen = cli._Screen()\n"
+            "with cli._typed_ahead():\n"
+            "    for _ in range(3):\n"
+            "        screen.line('said ' + cli._ask(screen))\n"
+            "        with cli._unechoed():\n"
+            "            screen.write('reply begins,')\n"
+            "            time.sleep(0.3)\n"
+            "            screen.line(' reply ends')\n"
+            "    try:\n"
+            "        cli._ask(screen)\n"
+            "    except EOFError:\n"
+            "        screen.line('ended')\n"
+        )
+    )
+    terminals.append(terminal)
+    terminal.wait_for("you +", timeout=30)
+    terminal.type("first\n")
+    terminal.wait_for("reply begins,", timeout=10)
+    terminal.type("second\nthi\x7f\x7fhird\n\x04")
+    assert terminal.wait_for("reply ends", timeout=10) == " reply ends"
+    for said in ("said second", "said third", "ended"):
+        terminal.wait_for(said, timeout=10)
     assert terminal.exit_code() == 0
 
 
