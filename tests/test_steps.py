@@ -1,5 +1,7 @@
 """Steps whose shapes stay draw what eager steps draw: as they are, replayed, compiled."""
 
+import contextlib
+import inspect
 import logging
 import random
 import shutil
@@ -22,7 +24,7 @@ from langchain_stars.language_models import (
 from langchain_stars.language_models import drafters as drafters_module
 from langchain_stars.language_models.drafters import RaggedDrafter
 from langchain_stars.language_models.sampling import Sampler
-from langchain_stars.language_models.steps import Recording, Runner
+from langchain_stars.language_models.steps import CudaRecorder, Recording, Runner
 from langchain_stars.ragged_cache import packed_sdpa
 
 FolderMaker = Callable[..., Path]
@@ -455,6 +457,76 @@ def test_work_that_fails_while_it_is_recorded_is_done_all_the_same() -> None:
     assert not runner.records
     runner.run(recording, lambda: done.append("third"))
     assert done[-1] == "third"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_cuda_graph_is_recorded_beside_the_current_stream(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warmed and recorded on one stream of its own and in one pool; the current one is restored."""
+    log: list[str] = []
+    current = ["main"]
+    signature = inspect.signature(torch.cuda.graph.__init__)
+
+    class Stream:
+        def __init__(self, name: Any) -> None:
+            self.name = str(name)
+
+        def wait_stream(self, other: Any) -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def stream(chosen: Any) -> Iterator[None]:
+        before = current[0]
+        current[0] = chosen.name
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    class Graph:
+        def replay(self) -> None:
+            log.append("replay")
+
+    class Recording:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            given = signature.bind(self, *args, **kwargs).arguments
+            self.mode, self.pool = given["capture_error_mode"], given["pool"]
+            self.stream = given["stream"]
+
+        def __enter__(self) -> None:
+            log.append(f"record in {self.pool} on {self.stream.name}, {self.mode}")
+
+        def __exit__(self, *args: Any) -> None:
+            current[0] = self.stream.name  # as torch leaves it where recording fails
+
+    main = Stream("main")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+
+    def work() -> None:
+        log.append(f"work on {current[0]}")
+        if fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    recorder = CudaRecorder(torch.device("cuda:0"))
+    with contextlib.suppress(RuntimeError):
+        recorder.warm(work)
+    assert log == ["side waits for main", "work on side", "main waits for side"]
+    assert current == ["main"]
+    log.clear()
+    if fails:
+        with pytest.raises(RuntimeError, match="not permitted"):
+            recorder.record(work)
+    else:
+        recorder.record(work)()
+    wanted = ["record in the pool on side, thread_local", "work on side", "replay"]
+    assert log == (wanted[:2] if fails else wanted)
+    assert current == ["main"]
 
 
 # What the host waits for

@@ -829,6 +829,7 @@ class RaggedDrafter(Drafter):
             raise
         drafting = self._begin(pool, rows, requests, [rooms[at] for at in order], shape, runner)
         draws = drafting.draws
+        lost: list[int] = []
         try:
             streamed = self._first(drafting)
             fed = [0] * len(rows)
