@@ -2000,6 +2000,7 @@ def test_a_prompt_without_finite_logits_is_never_stored(
         assert all(math.isnan(value) for (value,) in keeping.score([asked])[0])
         keeping.release(subject)
         assert store.num_bytes == 0
+    assert keeping.counters.forwards == 4  # no candidate is to blame, and none is read by itself
     broken_token()
     assert worst_difference(twin, [asked], keeping.score([asked])) < TOLERANCE
     assert store.num_bytes > 0

@@ -347,10 +347,20 @@ class PackedModel:
             elif len(plan.prompt_ids) > 1:
                 self._store(lane, plan.row, plan.row.prompt_ids)
         for index, (plan, reading) in enumerate(zip(plans, readings, strict=True)):
-            if not plan.finite and len(reading.candidates) > 1:  # so each is read by itself
-                alone = [replace(reading, candidates=[ids]) for ids in reading.candidates]
-                results[index] = [self._read([each])[0][0] for each in alone]
+            if not plan.finite and len(reading.candidates) > 1:
+                results[index] = self._read_one_by_one(reading, plan.kept, results[index])
         return results
+
+    def _read_one_by_one(
+        self, reading: Reading, kept: tuple[int, ...], results: list[Tensor]
+    ) -> list[Tensor]:
+        """Read each candidate by itself, where what they continue does not break the model yet."""
+        if reading.prompt_ids or kept:
+            [[before]] = self._read([replace(reading, candidates=[kept])])
+            if not before.isfinite().all():
+                return results
+        alone = [replace(reading, candidates=[ids]) for ids in reading.candidates]
+        return [self._read([each])[0][0] for each in alone]
 
     def release(self, subject: object) -> None:
         """Drop what was read of a reply; another one of its partition may begin with it."""
