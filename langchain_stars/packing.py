@@ -197,6 +197,22 @@ def placed(device: str) -> dict[str, Any]:
     return {"device_map": {"": device}} if is_accelerate_available() else {}
 
 
+def read_later(values: Tensor) -> Callable[[], Any]:
+    """Begin to bring values of a device to the host; return what waits for them, as a list."""
+    if values.device.type != "cuda":
+        return values.tolist
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record(torch.cuda.current_stream(values.device))
+
+    def read() -> Any:
+        arrived.synchronize()
+        return host.tolist()
+
+    return read
+
+
 class PackedLinear(nn.Module):
     """A linear layer with packed weights, for inference on a CPU in float32.
 

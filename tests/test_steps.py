@@ -243,33 +243,48 @@ def test_rounds_closed_between_two_steps_leave_static_steps_right(load: Loader) 
             replies.draw([2, 0, 1], [1, 2, 2], 6)
 
 
-def test_streamed_tokens_are_the_same(load: Loader) -> None:
-    streams = []
-    for steps in ("eager", "static"):
-        language_model = load(steps=steps)
-        language_model._loaded().network.asynchronous = True
-        request = Request(
-            prefix=Prefix(range(20, 30)),
-            seed=5,
-            segment=0,
-            first_attempt=1,
-            count=1,
-            size=19,
-            sampling=Sampling(),
-            streamed=True,
-        )
-        drafting = language_model.drafting([request])
-        streamed = []
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("steps", ["eager", "static"])
+def test_streamed_tokens_are_those_of_the_first_candidate(
+    steps: str, asynchronous: bool, load: Loader
+) -> None:
+    """Where the device works on meanwhile, each is passed on while the next is computed."""
+    language_model = load(steps=steps)
+    network = language_model._loaded().network
+    network.asynchronous = asynchronous
+    network.ends[::9] = True  # replies end soon
+    lengths = set()
+    for seed in range(6):
+        requests = [
+            Request(
+                prefix=Prefix(range(20 + row, 30)),
+                seed=seed,
+                segment=row,
+                first_attempt=1,
+                count=1 + row % 2,
+                size=size,
+                sampling=Sampling(),
+                streamed=row != 1,
+            )
+            for row, size in enumerate((19, 6, 12))
+        ]
+        drafting = language_model.drafting(requests)
+        shown: list[list[int]] = [[], [], []]
         while True:
             try:
-                streamed.append(next(drafting))
+                tokens = next(drafting)
             except StopIteration as stop:
-                [[candidate]] = stop.value
+                proposals = stop.value
                 break
-        shown = [tokens[0] for tokens in streamed if tokens and tokens[0] is not None]
-        assert shown == list(candidate.token_ids)
-        streams.append(shown)
-    assert streams[0] == streams[1]
+            for of_row, token in zip(shown, tokens, strict=False):
+                of_row += [token] if token is not None else []
+        wanted = [list(candidates[0].token_ids) for candidates in proposals]
+        assert shown == [wanted[0], [], wanted[2]]
+        lengths |= {len(wanted[0]), len(wanted[2])}
+        network.asynchronous = False
+        assert language_model.draw(requests) == proposals
+        network.asynchronous = asynchronous
+    assert len(lengths) > 3
 
 
 def test_what_fills_up_writes_nothing_that_a_reply_reads(load: Loader) -> None:

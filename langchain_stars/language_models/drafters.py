@@ -26,7 +26,7 @@ from langchain_stars.language_models.masks import TreeMask, causal_masks
 from langchain_stars.language_models.network import Network
 from langchain_stars.language_models.sampling import Sampler, Warpers
 from langchain_stars.language_models.steps import Feeding, Runner, Shape, Stage
-from langchain_stars.packing import to_device
+from langchain_stars.packing import read_later, to_device
 from langchain_stars.prompts import PromptStore, num_common
 from langchain_stars.ragged_cache import RaggedCache
 from langchain_stars.randomness import drafting_uniforms
@@ -79,6 +79,13 @@ def is_out_of_memory(error: Exception) -> bool:
 class _Draws:
     """The tokens of a round in the making, and what the host knows of them.
 
+    Args:
+        network: The model.
+        requests: What is asked for, a row each.
+        rooms: Tokens that each reply has room for.
+        lags: Whether tokens are streamed one step late, so that the device has the next step to do
+            while the host waits for them and passes them on.
+
     Attributes:
         requests: What is asked for, a row each.
         counts: Candidates of each row.
@@ -93,8 +100,17 @@ class _Draws:
     drawn: Tensor
     ended: Tensor
 
-    def __init__(self, network: Network, requests: Sequence[Request], rooms: Sequence[int]) -> None:
+    def __init__(
+        self,
+        network: Network,
+        requests: Sequence[Request],
+        rooms: Sequence[int],
+        *,
+        lags: bool = False,
+    ) -> None:
         self._network = network
+        self._lag = int(lags)
+        self._readings: list[tuple[set[int], Callable[[], Any]]] = []
         self.requests = requests
         self.counts = [request.count for request in requests]
         self.sizes = [
@@ -149,7 +165,21 @@ class _Draws:
             or (self.step % _STEPS_BETWEEN_LOOKS == 0 and self.step < self.steps)
         ):
             return ()
-        seen = torch.cat([self.drawn[:, :1, self.step - 1], self.ended.long()], dim=1).tolist()
+        seen = torch.cat([self.drawn[:, :1, self.step - 1], self.ended.long()], dim=1)
+        self._readings.append((active, read_later(seen)))
+        if self._streamed and len(self._readings) <= self._lag:
+            return ()
+        return self._read()
+
+    def rest(self) -> Iterator[Sequence[int | None]]:
+        """Return what is still to be streamed when there are no more steps."""
+        while self._readings:
+            yield self._read()
+
+    def _read(self) -> Sequence[int | None]:
+        """Look at what has been computed; return what is streamed."""
+        active, read = self._readings.pop(0)
+        seen = read()
         self._open = [
             [not ended for ended in of_row[1 : count + 1]]
             for of_row, count in zip(seen, self.counts, strict=True)
@@ -196,8 +226,15 @@ class _Draws:
 class _EagerDraws(_Draws):
     """Draws of a round of any shape: rows of `branches` candidates, drawn step by step."""
 
-    def __init__(self, network: Network, requests: Sequence[Request], rooms: Sequence[int]) -> None:
-        super().__init__(network, requests, rooms)
+    def __init__(
+        self,
+        network: Network,
+        requests: Sequence[Request],
+        rooms: Sequence[int],
+        *,
+        lags: bool = False,
+    ) -> None:
+        super().__init__(network, requests, rooms, lags=lags)
         device = network.device
         self.branches = max(self.counts)
         shape = (len(requests), self.branches, self.steps)
@@ -845,6 +882,8 @@ class RaggedDrafter(Drafter):
                 self.counts.idle += computed - num_open
             if streamed:
                 yield self._in_order(streamed, order)
+            for streamed in draws.rest():
+                yield self._in_order(streamed, order)
 
             proposals, ids = draws.results()
             lost = [at for at, of_row in enumerate(ids) if any(-1 in b for b in of_row)]
@@ -886,11 +925,12 @@ class RaggedDrafter(Drafter):
         assert pool.cache is not None
         assert pool.logits is not None
         lengths = [len(row.ids) for row in rows]
+        lags = self.network.asynchronous
         if runner is None:
-            eager = _EagerDraws(self.network, requests, rooms)
+            eager = _EagerDraws(self.network, requests, rooms, lags=lags)
             return _EagerRound(self.network, pool.cache, pool.logits, lengths, eager)
         stage = pool.stage(runner, shape, requests)
-        return _StaticRound(stage, lengths, _Draws(self.network, requests, rooms))
+        return _StaticRound(stage, lengths, _Draws(self.network, requests, rooms, lags=lags))
 
     @torch.inference_mode()
     def _first(self, drafting: _Round) -> Sequence[int | None]:
