@@ -225,6 +225,9 @@ def labelled_examples(data: Path, *, allowed_only: bool = True) -> Iterator[Exam
             )
 
 
+LEARNED_REQUESTS = words_of(
+    "or_bench harmfulqa coconot deepset_injections strongreject advbench catqa harmbench"
+)
 LEARNED_PAIRS = words_of("hh_harmless hh_helpful oasst_ranks llmbar pandalm coconot_pref")
 MEASURED_PAIRS = words_of("rmb_harmless rmb_helpful webgpt auto_j")
 
@@ -397,7 +400,7 @@ class WordTeacher:
         self, examples: Sequence[Example], count: int, rng: random.Random
     ) -> Iterator[Example]:
         """Yield runs of words out of comments and replies, labelled by the teacher alone."""
-        for kind, share in (("toxicity", 0.75), ("responses", 0.25)):
+        for kind, share in (("toxicity", 0.6), ("responses", 0.4)):
             rows = [e for e in examples if id(e) in self.opinions and kind_of(e) == kind]
             texts = []
             for _ in range(int(share * count)):
@@ -426,10 +429,12 @@ class WordTeacher:
 
 # How often an example of each source is met in one epoch.
 EPOCH_WEIGHTS = {
-    "davidson": 0.8,
-    "gptfuzz_labelled": 0.6,
-    "hatecheck": 2.0,
-    "everyday prompts": 0.4,
+    "davidson": 1.0,
+    "gptfuzz_labelled": 2.0,
+    "hatecheck": 3.0,
+    "dices": 2.0,
+    **dict.fromkeys(LEARNED_REQUESTS, 2.0),
+    "everyday prompts": 0.6,
     "everyday": 0.1,
     "tone": 0.4,
     "inapt": 0.15,
@@ -673,9 +678,9 @@ def stream(
     while True:
         rng = random.Random(seed * 1000 + epoch)
         pool = [teacher.mixed(example, 0.5) for example in fixed]
-        pool += teacher.pieces(fixed, 4000, rng)
+        pool += teacher.pieces(fixed, 10000, rng)
         pool += everyday_examples(data, lexicon, rng)
-        pool += lexicon_examples(lexicon, everyday, 45000, rng)
+        pool += lexicon_examples(lexicon, everyday, 20000, rng)
         chosen = [
             example
             for example in pool
