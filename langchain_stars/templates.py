@@ -4,10 +4,11 @@ Knows tokenizers and their chat templates; nothing of models, rewards or replies
 typed or a model drafted is encoded as text, whatever control token it spells.
 """
 
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 Chat: TypeAlias = Sequence[Mapping[str, Any]]
@@ -50,18 +51,40 @@ def encode_chat(
     """Return the token ids of a chat by the tokenizer's own template.
 
     Only the control tokens that the template writes are encoded as such. Those that messages and
-    tools spell are text, in the keys of a call's arguments as well.
+    tools spell are text, in the keys of a call's arguments as well; so is what only looks like one
+    because the template writes its own text right beside theirs. Where a template spells in ASCII
+    what it is given, such as a dictionary by `string`, control tokens get a blank.
     """
-    controls = _controls(tokenizer)
-    encoded = tokenizer.apply_chat_template(
-        [_with_marked_keys(message, controls) for message in chat],
-        tools=[_with_marked_keys(tool, controls) for tool in tools] if tools else None,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=continue_final_message,
-        sanitize_control_tokens=True,
-        return_dict=True,
-    )
-    return list(encoded["input_ids"])
+    from transformers.utils.chat_template_utils import encode_marked_chat
+
+    tokens = tuple(_control_tokens(tokenizer))
+    controls = _any_of(tokens)
+
+    def written(spell: Callable[[str], str]) -> str:
+        text = tokenizer.apply_chat_template(
+            [_respelled(message, spell) for message in chat],
+            tools=[_respelled(tool, spell) for tool in tools] if tools else None,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tokenize=False,
+        )
+        assert isinstance(text, str)
+        return text
+
+    spell: Callable[[str], str] = functools.partial(_marked, controls=controls)
+    text = written(spell)
+    if any(escaped in text for escaped in _ESCAPED_MARKS):  # its marks are text, the token is bare
+        spell = _cutting(controls)
+        text = written(spell)
+    ids: list[int] = encode_marked_chat(tokenizer, text)
+    if not any(any(_joins(text, tokens)) for text in _strings((chat, tools or ()))):
+        return ids
+    apart: list[int] = encode_marked_chat(tokenizer, written(_walling(spell, tokens)))
+    of_controls = set(tokenizer.convert_tokens_to_ids(list(tokens)))
+    same = [each for each in ids if each in of_controls] == [
+        each for each in apart if each in of_controls
+    ]
+    return ids if same else apart
 
 
 def with_two_roles(chat: Chat) -> list[dict[str, Any]]:
@@ -91,23 +114,91 @@ def text_of(content: Any) -> str:
     )
 
 
-def _with_marked_keys(value: Any, controls: "re.Pattern[str]") -> Any:
-    """Return a copy of messages or tools in which the keys' control tokens are marked as text.
+# What transformers marks text by that spells control tokens: characters for private use.
+_BEGIN_MARK, _END_MARK = "\U000f0000", "\U000f0001"
+_ESCAPED_MARKS = tuple(
+    escape(mark)[1:-1] for mark in (_BEGIN_MARK, _END_MARK) for escape in (repr, json.dumps)
+)
 
-    `apply_chat_template` marks those in values, and leaves keys as they are.
-    """
-    from transformers.utils.chat_template_utils import mark_control_tokens
 
+def _respelled(value: Any, spell: Callable[[str], str]) -> Any:
+    """Return a copy of messages or tools whose strings, keys among them, are spelled anew."""
+    if isinstance(value, str):
+        return spell(value)
     if isinstance(value, Mapping):
-        return {
-            mark_control_tokens(key, controls) if isinstance(key, str) else key: _with_marked_keys(
-                part, controls
-            )
-            for key, part in value.items()
-        }
+        return {_respelled(key, spell): _respelled(part, spell) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_with_marked_keys(part, controls) for part in value]
+        return [_respelled(part, spell) for part in value]
     return value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield the strings of messages or tools, keys among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _strings(key)
+            yield from _strings(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _strings(part)
+
+
+def _marked(text: str, controls: "re.Pattern[str]") -> str:
+    """Return a text in which control tokens are marked as text; marks in it are none of ours."""
+    text = text.replace(_BEGIN_MARK, "").replace(_END_MARK, "")
+    return controls.sub(f"{_BEGIN_MARK}\\g<0>{_END_MARK}", text)
+
+
+def _cutting(controls: "re.Pattern[str]") -> Callable[[str], str]:
+    """Return what puts a blank into control tokens, for templates that lose the marks."""
+
+    def cut(text: str) -> str:
+        text = text.replace(_BEGIN_MARK, "").replace(_END_MARK, "")
+        return controls.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)
+
+    return cut
+
+
+def _walling(spell: Callable[[str], str], tokens: tuple[str, ...]) -> Callable[[str], str]:
+    """Return what also puts a mark where a text could become a token with what is beside it."""
+
+    def walled(text: str) -> str:
+        before, behind = _joins(text, tokens)
+        return _BEGIN_MARK * before + spell(text) + _END_MARK * behind
+
+    return walled
+
+
+def _joins(text: str, tokens: tuple[str, ...]) -> tuple[bool, bool]:
+    """Return whether a text could be part of a token with what stands before it, or behind it.
+
+    Plain words could be, as the names of roles are in some templates; they are the application's.
+    """
+    if _WORD.fullmatch(text):
+        return False, False
+    beginnings, endings, longest = _edges(tokens)
+    if any(text in token for token in tokens):
+        return True, True
+    sizes = range(1, min(longest, len(text)) + 1)
+    return (
+        any(text[:size] in endings for size in sizes),
+        any(text[-size:] in beginnings for size in sizes),
+    )
+
+
+_WORD = re.compile(r"\w*")
+
+
+@functools.lru_cache(maxsize=32)
+def _edges(tokens: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str], int]:
+    """Return what tokens begin with, what they end with, and the length of the longest."""
+    return (
+        frozenset(token[:size] for token in tokens for size in range(1, len(token))),
+        frozenset(token[size:] for token in tokens for size in range(1, len(token))),
+        max(map(len, tokens), default=0),
+    )
 
 
 class TextEncoder:
@@ -186,10 +277,10 @@ class TextEncoder:
         return [list(next(encoded)) if text else [] for text in texts]
 
 
-def _controls(tokenizer: Any) -> "re.Pattern[str]":
-    """Return what matches the tokens that text must not spell: special or written by templates."""
+def _control_tokens(tokenizer: Any) -> list[str]:
+    """Return the tokens that text must not spell: special, or written by templates."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return _any_of([*special, *_written_by_templates(tokenizer)])
+    return [*special, *_written_by_templates(tokenizer)]
 
 
 def _ordinary_controls(tokenizer: Any) -> "re.Pattern[str] | None":
@@ -206,12 +297,14 @@ def _written_by_templates(tokenizer: Any) -> list[str]:
     if not template:
         return []
     written = template if isinstance(template, str) else "".join(template.values())
+    # Those that a template puts together from pieces, its tokenizer names.
+    named = getattr(tokenizer, "chat_control_tokens", None) or ()
     return [
         token.content
         for token in tokenizer.added_tokens_decoder.values()
         if not token.special
         and len(token.content) > 1
-        and token.content in written
+        and (token.content in written or token.content in named)
         and not token.content.isspace()
     ]
 
