@@ -544,6 +544,28 @@ def test_a_cuda_graph_is_recorded_beside_the_current_stream(
     assert current == ["main"]
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_recorded_steps_are_checked_when_a_model_is_loaded(
+    family: str, load: Loader, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Deaf(TapeRecorder):
+        def record(self, work: Callable[[], None]) -> Callable[[], None]:
+            super().record(work)
+            return lambda: None
+
+    recorders = TapeRecorder(), Deaf()
+    for recorder in recorders:
+        runner = Runner("a model", recorder=recorder)
+        monkeypatch.setattr(LocalLanguageModel, "_runner", lambda *_, runner=runner: runner)
+        language_model = load(family)
+        right = recorder is recorders[0]
+        assert language_model.steps == ("static" if right else "eager")
+        assert (recorder.warmed, recorder.recorded) == (2, 2)
+        assert drafter_of(language_model).counts.forwards == 0
+    assert recorders[0].replayed == 2 + 8  # first steps of three rounds, and nine others
+    assert caplog.text.count("eagerly from now on (recorded ones compute otherwise)") == 1
+
+
 # What the host waits for
 
 

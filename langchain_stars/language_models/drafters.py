@@ -1345,6 +1345,23 @@ def _deviation(network: Network, logits: Sequence[tuple[list[int], Tensor]]) -> 
     return worst if worst == worst else float("inf")
 
 
+def _fed(network: Network, cache: RaggedCache, prompts: Sequence[list[int]]) -> Tensor:
+    """Feed a prompt to each row of a cache; return the logits behind them, [rows, vocab]."""
+    device, count, longest = network.device, len(prompts), max(map(len, prompts))
+    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+    starts = torch.zeros(count, dtype=torch.long, device=device)
+    with cache.at(rows=range(count), slots=0, limit=longest):
+        logits = network.forward(
+            ids.to(device),
+            positions=torch.arange(longest, device=device).expand(count, -1),
+            mask=causal_masks(network.windows, starts, longest, longest, dtype=network.dtype),
+            cache=cache,
+        )
+    return torch.stack(
+        [of_row[len(prompt) - 1] for of_row, prompt in zip(logits, prompts, strict=True)]
+    )
+
+
 @torch.inference_mode()
 def ragged_error(network: Network) -> float:
     """Return how far a ragged cache is from plain recomputation on a few tokens.
@@ -1353,23 +1370,14 @@ def ragged_error(network: Network) -> float:
     ids and masks say, as with ALiBi, sees its tokens at the wrong distance and differs.
     """
     prompts, branches = _probe(network)
-    lengths = [len(prompt) for prompt in prompts]
     device, longest = network.device, max(map(len, prompts))
-    ends = torch.tensor(lengths, device=device)
+    ends = torch.tensor([len(prompt) for prompt in prompts], device=device)
     cache = RaggedCache(network.num_layers)
     cache.resize(2, longest + 4)
-    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
-    dtype = network.dtype
-    with cache.at(rows=range(2), slots=0, limit=longest):
-        network.forward(
-            ids.to(device),
-            positions=torch.arange(longest, device=device).expand(2, -1),
-            mask=causal_masks(
-                network.windows, torch.zeros_like(ends), longest, longest, dtype=dtype
-            ),
-            cache=cache,
-        )
-    tree = TreeMask(network.windows, ends, 2, longest + 4, groups=network.groups, dtype=dtype)
+    _fed(network, cache, prompts)
+    tree = TreeMask(
+        network.windows, ends, 2, longest + 4, groups=network.groups, dtype=network.dtype
+    )
     logits = []
     for step in range(2):
         tree.advance()
@@ -1409,3 +1417,37 @@ def snapshot_error(network: Network) -> float:
     got, _ = network.advance(last[None], cache)
     logits.append((prompt + last.tolist(), got[0]))
     return _deviation(network, logits)
+
+
+@torch.inference_mode()
+def replay_error(network: Network, runner: Runner) -> float:
+    """Return how far steps that a runner has recorded are from plain recomputation.
+
+    Two rows of different length draw the likeliest tokens in three rounds, the last of which is
+    replayed. As far as a token that was drawn is below the likeliest, in units of the logits'
+    range, so far are they.
+    """
+    prompts, _ = _probe(network)
+    limit = _bucket(max(map(len, prompts))) + 16
+    cache = RaggedCache(network.num_layers)
+    cache.resize(2, limit + 1)
+    logits = _fed(network, cache, prompts).float()
+    greedy = [Sampling(temperature=0)] * 2
+    stage = Stage(network, cache, logits, Shape(2, 2, 8, limit), greedy, runner)
+    for _ in range(3):
+        stage.begin([len(prompt) for prompt in prompts], torch.ones((2, 2, 8)), greedy, prompts)
+        stage.first()
+        for _ in range(3):
+            stage.step()
+    worst = 0.0
+    for prompt, branches in zip(prompts, stage.drawn[:, :, :4].tolist(), strict=True):
+        for drawn in branches:
+            whole = torch.tensor([prompt + [max(0, token) for token in drawn[:-1]]])
+            plain = network.model(input_ids=whole.to(network.device)).logits[0, -4:]
+            plain = plain.to(network.device).float().masked_fill(network.hidden, -torch.inf)
+            picked = plain[range(4), drawn]
+            scale = plain.amax(-1) - plain.masked_fill(network.hidden, torch.inf).amin(-1)
+            below = float(((plain.amax(-1) - picked) / scale.clamp(min=1e-6)).max())
+            worst = max(worst, below) if below == below else float("inf")
+    stage.drop()
+    return worst

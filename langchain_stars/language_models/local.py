@@ -38,6 +38,7 @@ from langchain_stars.language_models.drafters import (
     SnapshotDrafter,
     is_out_of_memory,
     ragged_error,
+    replay_error,
     snapshot_error,
 )
 from langchain_stars.language_models.network import Network
@@ -813,8 +814,11 @@ class LocalLanguageModel(LanguageModel):
                 weights.drafts[way] = self._is_right(way, network)
             if weights.drafts[way]:
                 if drafter is RaggedDrafter:
+                    runner = self._runner(network)
+                    if runner is not None and runner.records and not runner.compiles:
+                        self._check_replay(network, runner)
                     prompts = PromptStore(self._prompt_bytes)
-                    return RaggedDrafter(network, self.counts, prompts, self._runner(network))
+                    return RaggedDrafter(network, self.counts, prompts, runner)
                 return drafter(network, self.counts)
             if self._drafts is not None:
                 raise ValueError(
@@ -836,6 +840,17 @@ class LocalLanguageModel(LanguageModel):
             recorder = CudaRecorder(network.device)
         return Runner(self._name, compiles=self._steps == "compiled", recorder=recorder)
 
+    def _check_replay(self, network: Network, runner: Runner) -> None:
+        """Let a runner record a few steps; give it up where they compute otherwise, or cannot be."""
+        try:
+            error = replay_error(network, runner)
+        except (MemoryError, RuntimeError) as failure:
+            runner.give_up(type(failure).__name__)
+            return
+        _log.debug("%s: error of recorded steps %.1e of the logits' scale", self._name, error)
+        if error > _most_error(network):
+            runner.give_up("recorded ones compute otherwise")
+
     def _is_right(self, way: str, network: Network) -> bool:
         if way == "recompute":
             return True
@@ -854,7 +869,7 @@ class LocalLanguageModel(LanguageModel):
                 raise
             _log.info("%s: the %s check failed: %s", self._name, way, type(failure).__name__)
             return False
-        most = 2e-5 if network.dtype == torch.float32 else 5e-2
+        most = _most_error(network)
         _log.debug("%s: error of the %s way %.1e of the logits' scale", self._name, way, error)
         return error <= most
 
@@ -920,6 +935,11 @@ def _dtype_of(model: Any) -> torch.dtype:
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def _most_error(network: Network) -> float:
+    """Return how far a way of computing may be from another, in units of the logits' range."""
+    return 2e-5 if network.dtype == torch.float32 else 5e-2
 
 
 def _groups(config: Any) -> int:

@@ -116,7 +116,7 @@ class Runner:
         self, name: str, *, compiles: bool = False, recorder: Recorder | None = None
     ) -> None:
         self._name = name
-        self._compiles = compiles
+        self.compiles = compiles
         self._recorder = recorder
         self.usable = True
 
@@ -159,11 +159,11 @@ class Runner:
         """
         if self.usable:
             _log.warning("%s: steps are run eagerly from now on (%s)", self._name, reason)
-        self.usable = self._compiles = False
+        self.usable = self.compiles = False
         self._recorder = None
 
     def _call(self, recording: Recording, work: Callable[[], None]) -> None:
-        if not (self._compiles and recording.compiles):
+        if not (self.compiles and recording.compiles):
             work()
             return
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
