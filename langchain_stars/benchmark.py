@@ -359,6 +359,10 @@ class ForcedScorer(Scorer):
         """The classifier's."""
         return self._classifier.cost
 
+    def seconds(self, num_tokens: int) -> float | None:
+        """Return the classifier's."""
+        return self._classifier.seconds(num_tokens)
+
     def load(self) -> None:
         """Load the classifier."""
         self._classifier.load()
@@ -447,7 +451,7 @@ class Bench:
         self.scale = scale
         self._folder = folder
         self._engines: dict[tuple[int, bool, bool], Engine] = {}
-        self._classifiers: dict[tuple[Shape, bool, int], SequenceClassifier] = {}
+        self._classifiers: dict[tuple[Any, ...], SequenceClassifier] = {}
         self.cuda = scale.device.startswith("cuda")
 
     def now(self) -> float:
@@ -513,14 +517,13 @@ class Bench:
         *,
         other_tokenizer: bool = False,
         prompt_bytes: int = 0,
+        cost: float | None = None,
     ) -> SequenceClassifier:
-        """Return the reward model, or one of another shape, tokenizer or store of prompts."""
+        """Return the reward model, or one of another shape, tokenizer or setting."""
         shape = shape or self.scale.reward
-        key = (shape, other_tokenizer, prompt_bytes)
+        key = (shape, other_tokenizer, prompt_bytes, cost)
         if key not in self._classifiers:
             folder = self._folder / f"reward{shape}{other_tokenizer}".replace(" ", "")
-            own, its = self.scale.language_model, shape
-            cost = its.num_layer_parameters / own.num_streamed_parameters
             with _without_bars():
                 if not folder.is_dir():
                     model = self._make(LlamaForSequenceClassification, shape, 1, num_labels=1)
@@ -567,19 +570,29 @@ class Bench:
         candidates: int | None = None,
         adaptive: bool = True,
         shape: Shape | None = None,
-        other_tokenizer: bool = False,
-        prompt_bytes: int = 0,
+        **of_reward: Any,
     ) -> Policy:
-        """Return a guard that accepts attempts with a probability, stratified over all prompts."""
+        """Return a guard that accepts attempts with a probability, stratified over all prompts.
+
+        Args:
+            prompts: The prompts.
+            probability: Chance that an attempt is accepted.
+            tokens: Tokens of a reply.
+            seed: Decides the coins.
+            candidates: Most candidates at once.
+            adaptive: Whether fewer may be chosen.
+            shape: Of the reward.
+            of_reward: More arguments of `classifier`.
+        """
         each = math.ceil(tokens / SEGMENT_SIZE)
         needed = stratified_attempts(probability, each * len(prompts), seed=seed)
         decks = {
             prompt.text: needed[at * each : (at + 1) * each] for at, prompt in enumerate(prompts)
         }
         scorer = ForcedScorer(
-            self.classifier(shape, other_tokenizer=other_tokenizer, prompt_bytes=prompt_bytes),
+            self.classifier(shape, **of_reward),
             decks,
-            tokenizer=self.other_tokenizer if other_tokenizer else None,
+            tokenizer=self.other_tokenizer if of_reward.get("other_tokenizer") else None,
         )
         return Policy(
             objective=Coin(scorer),
@@ -666,6 +679,7 @@ class Bench:
         length: int | None = None,
         max_rows: int | None = None,
         way: str = "",
+        of_reward: Mapping[str, Any] | None = None,
         **how: Any,
     ) -> Side:
         """Return a side of which each pair has prompts and coins of its own, as all sides have.
@@ -680,6 +694,7 @@ class Bench:
             length: Tokens of a prompt.
             max_rows: Rows of the engine; one for each reply if not given.
             way: `"concurrent"` asks from a thread for each reply.
+            of_reward: More arguments of `classifier`.
             how: More arguments of `run`.
         """
         num_tokens = tokens or self.scale.tokens
@@ -697,6 +712,7 @@ class Bench:
                     candidates=candidates,
                     adaptive=adaptive,
                     shape=shape,
+                    **(of_reward or {}),
                 )
 
             def ask(some: Sequence[_Prompt]) -> Sample:
@@ -1650,18 +1666,27 @@ class Benchmark:
             self._add_ratio("A4", name, samples, "with", "barrier", _NO_LOSS)
 
     def _reward_without(self) -> None:
-        """A5: candidates judged all at once, where the reward is large."""
+        """A5 and A8: a large reward, asked about all candidates at once, or taken for a small one."""
         bench, tokens = self.bench, 3 * SEGMENT_SIZE
-        if not self.wants("A5"):
+        if not self.wants("A5", "A8"):
             return
         shape = self.scale.language_model.scaled(1.0)
-        sides = {
-            name: bench.side(1, 0.5, tokens=tokens, shape=shape, lazy=lazy)
-            for name, lazy in (("lazy", True), ("at once", False))
-        }
+
+        def guarded(**how: Any) -> Side:
+            return bench.side(1, 0.5, tokens=tokens, shape=shape, **how)
+
+        sides = {"with": guarded()}
+        if self.wants("A5"):
+            sides["at once"] = guarded(lazy=False)
+        if self.wants("A8"):
+            sides["guessed"] = guarded(of_reward={"cost": 0.125})
         samples = self._measure("reward, without", sides, self.scale.long_pairs)
-        name = "judged one by one / at once, p = 0.5, reward 1, 1 row"
-        self._add_ratio("A5", name, samples, "lazy", "at once", _NO_LOSS)
+        if self.wants("A5"):
+            name = "judged one by one / at once, p = 0.5, reward 1, 1 row"
+            self._add_ratio("A5", name, samples, "with", "at once", _NO_LOSS)
+        if self.wants("A8"):
+            name = "reward's time measured / guessed, p = 0.5, reward 1, 1 row"
+            self._add_ratio("A8", name, samples, "with", "guessed", _NO_LOSS)
 
     def _prompts_without(self) -> None:
         """A6 and A7: prompts that begin as an earlier one did, and no store of prompts."""
@@ -2043,7 +2068,7 @@ _ACCELERATOR_GATES = {
 }
 _CPU_IDS = (
     *("C1", "C2", "C2b", "C3", "C4", "C4b", *(f"C{at}" for at in range(5, 13)), "P1"),
-    *(f"A{at}" for at in range(1, 8)),
+    *(f"A{at}" for at in range(1, 9)),
 )
 _IDS = (*_CPU_IDS, *_ACCELERATOR)
 

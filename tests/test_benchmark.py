@@ -143,7 +143,7 @@ def test_the_whole_benchmark_runs(tmp_path: Path) -> None:
     """Tiny models, so that nothing is said about gates; every row is there and has a value."""
     pytest.importorskip("matplotlib")
     measured = {f"C{number}" for number in range(1, 13)} | {"C2b", "C4b"}
-    measured |= {f"A{number}" for number in range(1, 8)}
+    measured |= {f"A{number}" for number in range(1, 9)}
     wanted = measured | {"G1", "G11"}
     small = replace(TINY, tokens=32, pairs=1, memory_rounds=20)
     results = measure(only=[*wanted, "growth"], scale=small)
