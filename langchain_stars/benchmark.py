@@ -1590,7 +1590,7 @@ class Benchmark:
         itemsize = getattr(torch, scale.dtype).itemsize
         allowed = room * scale.language_model.num_token_values * itemsize
         counts = f"{rows} rows, M = {candidates}, {done} rounds, {max(held) / 2**20:.1f} MiB"
-        name = "bytes held for keys and values / what rows and buckets need"
+        name = "bytes held of keys and values / bytes that rows need"
         self._add("C11", name, [max(held) / allowed], "<= 1.1", counts=counts)
         name = f"growth of it over {done} rounds, bytes"
         self._add("C11", name, [float(held[-1] - held[0])], "= 0", counts=counts)
@@ -1658,9 +1658,9 @@ class Benchmark:
         pairs = min(2, self.scale.long_pairs)
         samples = self._measure("eight rows, without", sides, pairs, warm=False)
         if self.wants("A3"):
-            for other in ("M = 1", "M = 4"):
+            for other, gate in (("M = 1", _NO_LOSS), ("M = 4", "")):
                 name = f"chosen M / {other}, p = 0.5, 8 rows"
-                self._add_ratio("A3", name, samples, "with", other, _NO_LOSS)
+                self._add_ratio("A3", name, samples, "with", other, gate)
         if self.wants("A4"):
             name = "rows apart / barrier, p = 0.5, 8 rows"
             self._add_ratio("A4", name, samples, "with", "barrier", _NO_LOSS)
@@ -1729,7 +1729,7 @@ class Benchmark:
                 one, other, its, others = sides
                 asked = {"with": asking(one, its), "without": asking(other, others)}
                 samples = self._measure("prompts, without", asked, scale.long_pairs)
-                name = f"{what}, {length} tokens, 16 of them new"
+                name = f"{what}, {length} tokens, 16 new"
                 self._add_ratio(identifier, name, samples, "with", "without", _NO_LOSS)
 
     # Growth
@@ -1931,7 +1931,7 @@ class AcceleratorBenchmark(Benchmark):
         pairs = list(zip(samples["guarded"], samples["unguarded"], strict=True))
         name = "first guarded segment, milliseconds, p = 1, 1 row"
         self._add("G6", name, [1e3 * one.first_seconds for one, _ in pairs], "<= 120")
-        name = "first guarded segment / first unguarded tokens, p = 1, 1 row"
+        name = "first guarded segment / first unguarded tokens, p = 1"
         ratios = [one.first_seconds / other.first_seconds for one, other in pairs]
         self._add("G6", name, ratios, "<= 1.2")
 

@@ -151,6 +151,7 @@ def test_the_whole_benchmark_runs(tmp_path: Path) -> None:
     for row in results.rows:
         assert row.id not in measured or (row.value is not None and row.value >= 0), row.name
     assert {curve.id for curve in results.curves} == {"prompt", "rows", "attempts", "reward"}
+    assert [row.name for row in results.rows if len(row.name) > 58] == []  # the column's width
     page = results.as_text()
     assert "torch" in page
     assert "C10" in page
@@ -184,6 +185,7 @@ def test_what_wants_an_accelerator_runs_on_any_device(
     assert [row.id for row in results.rows] == sorted(
         (row.id for row in results.rows), key=lambda identifier: int(identifier[1:])
     )
+    assert [row.name for row in results.rows if len(row.name) > 58] == []
     assert {row.id for row in results.rows} == {f"G{number}" for number in range(1, 12)}
     for row in results.rows:
         assert row.value is not None, row.name
