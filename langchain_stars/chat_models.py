@@ -276,6 +276,12 @@ class ChatStars(BaseChatModel):
             )
         return value
 
+    @field_validator("device", "dtype", mode="before")
+    @classmethod
+    def _read_name(cls, value: Any) -> Any:
+        """Take what torch has for it, by its name."""
+        return str(value).removeprefix("torch.") if type(value).__module__ == "torch" else value
+
     @field_validator("reward", mode="before")
     @classmethod
     def _read_reward(cls, value: Any) -> Any:

@@ -124,14 +124,15 @@ def test_short_types_are_named_or_given_for_both_kinds_of_model(
     assert classifier._loaded.model.dtype == wanted
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
 def test_a_chat_model_takes_a_type_and_its_unguarded_twin_shares_the_weights(
-    lm_folder: Path, rm_folder: Path
+    dtype: Any, lm_folder: Path, rm_folder: Path
 ) -> None:
     chat = ChatStars(
         model=str(lm_folder),
-        reward=SequenceReward(rm_folder, target=-100.0, beta=0.0, dtype="bfloat16", device="cpu"),
-        dtype="bfloat16",
-        device="cpu",
+        reward=SequenceReward(rm_folder, target=-100.0, beta=0.0, dtype=dtype, device="cpu"),
+        dtype=dtype,
+        device="cpu" if isinstance(dtype, str) else torch.device("cpu"),
         max_tokens=8,
         segment_size=4,
         seed=1,
@@ -142,6 +143,7 @@ def test_a_chat_model_takes_a_type_and_its_unguarded_twin_shares_the_weights(
     assert language_model is chat.unguarded()._language_model()
     assert isinstance(language_model, LocalLanguageModel)
     assert language_model._loaded().network.dtype == torch.bfloat16
+    assert (chat.dtype, chat.device) == ("bfloat16", "cpu")
 
 
 # Spread over devices
@@ -313,6 +315,28 @@ def test_quantised_weights_are_loaded_to_the_device_asked_for(
         assert arguments["device_map"] == {"": "cpu"}
         # What the checkpoint says of its quantisation is transformers' to read.
         assert ("quantization_config" in arguments) == (said_by == "caller")
+
+
+@needs_torchao
+def test_a_chat_model_is_quantised_when_it_is_loaded(lm_folder: Path, rm_folder: Path) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    config = TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    chat = ChatStars(
+        model=str(lm_folder),
+        reward=SequenceReward(
+            rm_folder, target=-100.0, beta=0.0, device="cpu", quantization_config=config
+        ),
+        device="cpu",
+        model_kwargs={"quantization_config": config},
+        max_tokens=8,
+        seed=1,
+    )
+    assert chat.invoke("Hello").content == chat.unguarded().invoke("Hello").content
+    language_model = chat._language_model()
+    assert isinstance(language_model, LocalLanguageModel)
+    assert is_quantised(language_model._loaded().network.model)
 
 
 @needs_torchao
