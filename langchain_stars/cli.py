@@ -171,7 +171,12 @@ def _demo(parser: argparse.ArgumentParser) -> Run:
 
 def _benchmark(parser: argparse.ArgumentParser) -> Run:
     """Measure guarded decoding beside the plain decoder and its peers: one table, with its gates."""
-    parser.add_argument("--only", metavar="C1,C3", help="these rows; growth: the curves")
+    parser.add_argument(
+        "--only",
+        metavar="C1,C3",
+        help="these rows: C on a CPU, G on a GPU, A with and without each optimisation; "
+        "growth: the curves",
+    )
     parser.add_argument("--json", metavar="PATH", help="where to save everything as JSON")
     parser.add_argument("--picture", metavar="PATH", help="where to save a picture")
     parser.add_argument(
