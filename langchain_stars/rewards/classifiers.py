@@ -333,6 +333,10 @@ class SequenceClassifier(Scorer):
         max_length: Most tokens that it can read; what its tokenizer and configuration say if not
             given.
         max_tokens: Most tokens of a forward pass, padding included, at least 16.
+        use_cache: Whether keys and values of a reply are kept from one judgement to the next, where
+            the model can; else every reply is read anew, which is slower and says the same.
+        pack_weights: Whether, on a CPU in float32, the weights of linear layers are laid out anew
+            for its matrix products, which is faster and takes the same memory.
         prompt_bytes: Most memory, at least 0, for prompts that later replies may begin with; 0
             keeps none. Only replies of a named partition share (see `Subject`), and only with
             those of the same. Keys and values that were computed in another batch differ in the
@@ -367,6 +371,8 @@ class SequenceClassifier(Scorer):
         windows: bool = False,
         max_length: int | None = None,
         max_tokens: int = 4096,
+        use_cache: bool = True,
+        pack_weights: bool = True,
         prompt_bytes: int = 1 << 28,
         cost: float | None = None,
     ) -> None:
@@ -398,11 +404,13 @@ class SequenceClassifier(Scorer):
             dtype=dtype,
             device_map=device_map,
             quantization_config=quantization_config,
+            pack_weights=pack_weights,
         )
         self._chat_template = chat_template
         self._windows = windows
         self._max_length = max_length
         self._max_tokens = max_tokens
+        self._use_cache = use_cache
         self._prompt_bytes = prompt_bytes
         self._cost = cost
         self._lock = threading.RLock()
@@ -495,7 +503,7 @@ class SequenceClassifier(Scorer):
                         chat_template=self._chat_template,
                     )
                 self.view = writer.view
-                if loaded.keeps and not self._windows:
+                if loaded.keeps and self._use_cache and not self._windows:
                     self._runner = _KeepingRunner(
                         loaded, writer, self._max_tokens, self._prompt_bytes
                     )
@@ -552,10 +560,12 @@ class _Source:
         dtype: str | None,
         device_map: Any,
         quantization_config: Any,
+        pack_weights: bool,
     ) -> None:
         self.model = model
         self.device = device
         self.device_map = device_map
+        self.pack_weights = pack_weights
         self._revision = revision
         self._trust_remote_code = trust_remote_code
         self._dtype = dtype
@@ -573,7 +583,7 @@ class _Source:
     def key(self) -> tuple[Any, ...]:
         """What tells the loaded model from others."""
         loading = (self.device, self._dtype, repr(self.device_map), repr(self._quantization_config))
-        return (self.model, self._revision, self._trust_remote_code, *loading)
+        return (self.model, self._revision, self._trust_remote_code, *loading, self.pack_weights)
 
     @property
     def base(self) -> str:
@@ -767,7 +777,7 @@ def _load_anew(source: _Source) -> _Loaded:
         )
     tokenizer = source.read_tokenizer()
     model = model.eval().requires_grad_(False)
-    if can_pack(model):
+    if source.pack_weights and can_pack(model):
         pack(model)
     encodes = _encodes(model)
     loaded = _Loaded(model, tokenizer, vocabulary_of(tokenizer), keeps, encodes)
