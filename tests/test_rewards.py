@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import gc
 import json
@@ -683,10 +684,13 @@ def test_packed_weights_change_no_score(make_folder: Callable[..., Path], tokeni
         "llama", num_labels=1, seed=3, intermediate_size=8192, initializer_range=0.02
     )
     scorer, twin = SequenceClassifier(folder), Twin(folder)
-    scorer.load()
-    assert scorer._runner is not None
-    layers = {type(layer) for layer in scorer._runner._loaded.model.modules()}
-    assert packing.PackedLinear in layers
+    plain = SequenceClassifier(folder, pack_weights=False)
+    for each, packs in ((scorer, True), (plain, False)):
+        each.load()
+        assert each._runner is not None
+        layers = {type(layer) for layer in each._runner._loaded.model.modules()}
+        assert (packing.PackedLinear in layers) == packs
+    assert scorer.identity == plain.identity
     replies = Replies(tokenizer, 2)
     for _ in range(2):
         asked = replies.requests()
@@ -1749,6 +1753,22 @@ def test_whoever_shares_prompts_the_scores_are_those_of_the_plain_model(
     assert packed_of(off).prompts.num_bytes == 0
 
 
+def test_without_a_cache_a_reward_reads_every_reply_anew_and_says_the_same(
+    reward_folder: Path, tokenizer: Any
+) -> None:
+    scorer = SequenceClassifier(reward_folder)
+    slow = SequenceClassifier(reward_folder, use_cache=False)
+    replies, twin = Replies(tokenizer, 3), Twin(reward_folder)
+    for _ in range(3):
+        asked = replies.requests()
+        assert worst_difference(twin, asked, scorer.score(asked)) < TOLERANCE
+        assert worst_difference(twin, asked, slow.score(asked)) < TOLERANCE
+        replies.choose(asked)
+    assert isinstance(scorer._runner, classifiers._KeepingRunner)
+    assert not isinstance(slow._runner, classifiers._KeepingRunner)
+    assert scorer.identity == slow.identity
+
+
 def test_without_a_store_every_prompt_is_read_exactly_once(
     reward_folder: Path, tokenizer: Any
 ) -> None:
@@ -1987,6 +2007,41 @@ def test_a_candidate_without_finite_logits_leaves_no_trace(
     stored = packed_of(keeping).prompts._entries.values()
     assert stored
     assert all(bool(state.isfinite().all()) for states in stored for state in states)
+
+
+def test_a_reading_that_fails_leaves_nothing_that_is_not_finite_to_the_next_reply(
+    keeping: SequenceClassifier,
+    tokenizer: Any,
+    reward_folder: Path,
+    broken_token: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some passes break the model, and the next one raises; then somebody shorter takes the row."""
+    twin, replies = Twin(reward_folder), Replies(tokenizer, 0)
+    staying = shared_subject(tokenizer, "And I, fox", partition="two", system=SYSTEM * 2)
+    first = first_request(staying, replies)
+    keeping.score([first])
+    reader = packed_of(keeping)
+    body = reader._body
+    passes = 0
+
+    def fails_at_last(**inputs: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes == 6:
+            raise ValueError("made by the test")
+        return body(**inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "_body", fails_at_last)
+        patch.setattr(reader, "_max_tokens", 16)
+        broken = shared_subject(tokenizer, "? Hello you", partition="three", system="?" * 100)
+        with pytest.raises(ValueError, match="made by the test"):
+            keeping.score([first_request(broken, replies)])
+        assert reader.num_rows == 1
+    one = first_request(shared_subject(tokenizer, "Hello", system="Be brief."), replies)
+    one = dataclasses.replace(one, candidates=one.candidates[:1])
+    assert worst_difference(twin, [one, first], keeping.score([one, first])) < TOLERANCE
 
 
 def test_a_prompt_without_finite_logits_is_never_stored(

@@ -296,7 +296,7 @@ class PackedModel:
             return self._read(readings)
         except BaseException as error:
             for reading in readings:
-                self._forget(reading.subject)
+                self._forget(reading.subject, clean=True)
             may_spare = bool(self.prompts.num_bytes or others or len(readings) > 1)
             if not out_of_memory(error) or not may_spare:
                 raise
@@ -341,9 +341,7 @@ class PackedModel:
         results = [self._finish(plan) for plan in plans]
         for index, plan in enumerate(plans):
             if not plan.finite:
-                # Through a mask, too, what is not finite reaches every later token of its row.
-                lane.cache.clear_row(plan.row.index)
-                self._forget(readings[index].subject)
+                self._forget(readings[index].subject, clean=True)
             elif len(plan.prompt_ids) > 1:
                 self._store(lane, plan.row, plan.row.prompt_ids)
         for index, (plan, reading) in enumerate(zip(plans, readings, strict=True)):
@@ -370,11 +368,14 @@ class PackedModel:
                 self._store(lane, row, row.prompt_ids + row.ids)
         self._forget(subject)
 
-    def _forget(self, subject: object) -> None:
-        """Drop what was read of a reply, and store nothing of it."""
+    def _forget(self, subject: object, *, clean: bool = False) -> None:
+        """Drop what was read of a reply, and store nothing of it; `clean` what may not be finite."""
         for name, lane in list(self._lanes.items()):
             row = lane.of_subject.get(subject)
             if row is not None:
+                if clean and row.index < lane.cache.num_rows:
+                    # Through a mask, too, what is not finite reaches every later token of its row.
+                    lane.cache.clear_row(row.index)
                 lane.drop(row)
             if not lane.rows:
                 del self._lanes[name]
