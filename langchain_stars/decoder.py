@@ -1065,13 +1065,14 @@ def _reading_seconds(language_model: LanguageModel, row: Row, num_tokens: int) -
 def _seconds(language_model: LanguageModel, scorer: Scorer, *, num_tokens: int) -> float:
     """Return how long a scorer is thought to read some tokens; decides nothing but speed."""
     try:
-        measured, cost = scorer.seconds(num_tokens), scorer.cost
+        measured = scorer.seconds(num_tokens)
+        seconds, cost = (0.0, float(scorer.cost)) if measured is None else (float(measured), 0.0)
     except Exception as error:  # where it cannot be asked, it will say so when it judges
         _log.warning("the time of %s is unknown: %s", type(scorer).__name__, type(error).__name__)
         return 0.0
-    if measured is not None:
-        return measured
-    return cost and cost * language_model.round_seconds(num_tokens, 1, 1)
+    if cost:
+        seconds = cost * language_model.round_seconds(num_tokens, 1, 1)
+    return seconds if math.isfinite(seconds) else 0.0
 
 
 def _completion(text: Text) -> Completion:

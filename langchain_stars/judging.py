@@ -399,10 +399,14 @@ class _Call:
                 self._alone = True
             else:
                 at = len(self._answers)
-                follows = at > 0 and self._places[at - 1] == self._places[at] - 1
+                place = self._places[at]
+                follows = at > 0 and self._places[at - 1] == place - 1
                 before = self._failed_in_a_row if follows else 0
                 self._answers.append(answers[0] if answers is not None else None)
-                self._failed_in_a_row = 0 if answers is not None else before + 1
+                self._inquiry.answered(self._scorer, {place: self._answers[at]})
+                # What is rejected without the answer has not failed.
+                failed = answers is None and self._inquiry.rejection(place) is None
+                self._failed_in_a_row = before + 1 if failed else 0
                 if self._last and self._failed_in_a_row >= MAX_FAILURES_IN_A_ROW:
                     # The reply ends before a later one would be looked at.
                     self._answers += [None] * (num_candidates - len(self._answers))
@@ -534,5 +538,7 @@ def _check_count(count: int, request: ScoreRequest) -> None:
 
 
 def _name(scorer: Scorer) -> str:
-    identity: Mapping[str, object] = scorer.identity
-    return str(identity.get("name", type(scorer).__name__))
+    try:
+        return str(scorer.identity.get("name", type(scorer).__name__))
+    except Exception:  # what cannot even say its name has failed already
+        return type(scorer).__name__

@@ -28,6 +28,7 @@ from test_decoder_law import (
 )
 
 from langchain_stars import decoder
+from langchain_stars.acceptance import Acceptance, Constant
 from langchain_stars.decoder import Policy, Row
 from langchain_stars.judging import Inquiry, Workers, judging
 from langchain_stars.language_models.base import Prefix, Sampling
@@ -238,6 +239,24 @@ def test_whatever_a_reward_raises_only_rejects(error: type[BaseException], on_de
     one = inquiry(Asked(function, on_device=on_device), texts=("a",))
     settle(one, workers=Workers())
     assert one.values(0) is None
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_a_scorer_that_can_neither_answer_nor_say_its_name_fails_alone(on_device: bool) -> None:
+    class Nameless(_Asked):
+        @property
+        def identity(self) -> Mapping[str, Any]:
+            raise OSError("a path of somebody's")
+
+    def function(texts: list[str]) -> list[float]:
+        raise ValueError
+
+    nameless, other = Asked(function), Asked(lambda texts: [1.0], on_device=True)
+    nameless.scorer = Nameless(function)
+    nameless.scorer.on_device = on_device  # type: ignore[misc]
+    inquiries = [inquiry(leaf, texts=("a",)) for leaf in (nameless, other)]
+    settle(*inquiries, workers=Workers())
+    assert [one.values(0) for one in inquiries] == [None, {other: 1.0}]
 
 
 @pytest.mark.parametrize("on_device", [True, False])
@@ -650,6 +669,29 @@ def test_after_three_failures_in_a_row_a_function_is_asked_no_more_and_only_then
     assert asked("", Asked(lambda texts: [1.0] * len(texts))) == list("abcdef")
 
 
+def test_an_attempt_that_is_out_of_reach_has_not_failed_however_many_are_drafted() -> None:
+    """The function promises at most 1: where u asks for more, its failure is not what rejects."""
+
+    def guard(count: int) -> Policy:
+        def failing(text: str, finished: bool) -> float:
+            if text.endswith(("a", "b")):
+                raise ValueError
+            return 1.0
+
+        return Policy(
+            objective=Part("failing", failing, on_device=False, range=(0.0, 1.0)),
+            acceptance=Acceptance(schedule=Constant(1.5), beta=1.0, max_attempts=8),
+            segment_size=2,
+            max_candidates=count,
+            adaptive=False,
+        )
+
+    expected = transcripts(guard(1), range(60), lazy=False)
+    assert any(report.num_failures > 2 for _, report in expected)
+    for count, lazy in ((8, False), (8, True), (1, True)):
+        assert transcripts(guard(count), range(60), lazy=lazy) == expected
+
+
 class Timed(Part):
     """Says how long it takes."""
 
@@ -675,8 +717,15 @@ def test_what_takes_less_time_is_asked_first_and_more_is_drafted_for_it() -> Non
     expected = run(None, None)
     assert expected[0] == replies
     assert expected[3] >= expected[2]
-    for times in ((1.0, None), (None, 2.0), (1e-9, 1e-9), (1e9, 1e9)):
-        assert run(*times)[0] == replies
+    odd = (math.nan, math.inf, -1.0, "long")
+    for times in (
+        (1.0, None),
+        (None, 2.0),
+        (1e-9, 1e-9),
+        (1e9, 1e9),
+        *((1.0, each) for each in odd),
+    ):
+        assert run(*times)[0] == replies  # type: ignore[arg-type]
 
 
 def test_fewer_are_drafted_at_once_where_judging_takes_long() -> None:
