@@ -9,6 +9,7 @@ candidates at once consists of; the packed ones of oneDNN do not.
 import copy
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,10 @@ _WHOLE_TENSOR = 1 << 20
 _SAMPLE = 1 << 12
 _LEAST_WEIGHTS = 1 << 17
 _ROWS = 8
+
+ALLOCATING = threading.RLock()
+"""Held while a CUDA graph is recorded or cached memory is given back: torch cannot do both at once,
+nor record two graphs, not even on different devices."""
 
 
 def device_name(device: "str | torch.device | None" = None) -> str:
@@ -73,6 +78,13 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
+
+
+def free_cached(device: str) -> None:
+    """Give back what torch has cached of a GPU's memory; do nothing elsewhere."""
+    if device.startswith("cuda"):
+        with ALLOCATING:
+            torch.cuda.empty_cache()
 
 
 def base_of(name: str, *, revision: str | None = None) -> str:

@@ -5,6 +5,7 @@ import inspect
 import logging
 import random
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,8 @@ from langchain_stars.language_models import (
 from langchain_stars.language_models import drafters as drafters_module
 from langchain_stars.language_models.drafters import RaggedDrafter
 from langchain_stars.language_models.sampling import Sampler
-from langchain_stars.language_models.steps import CudaRecorder, Recording, Runner
+from langchain_stars.language_models.steps import CudaRecorder, Listener, Recording, Runner
+from langchain_stars.packing import free_cached
 from langchain_stars.ragged_cache import packed_sdpa
 
 FolderMaker = Callable[..., Path]
@@ -501,7 +503,7 @@ def test_a_cuda_graph_is_recorded_beside_the_current_stream(
 
     class Graph:
         def replay(self) -> None:
-            log.append("replay")
+            raise AssertionError("recording is not doing")
 
     class Recording:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -513,6 +515,7 @@ def test_a_cuda_graph_is_recorded_beside_the_current_stream(
             log.append(f"record in {self.pool} on {self.stream.name}, {self.mode}")
 
         def __exit__(self, *args: Any) -> None:
+            log.append("recorded")
             current[0] = self.stream.name  # as torch leaves it where recording fails
 
     main = Stream("main")
@@ -523,24 +526,34 @@ def test_a_cuda_graph_is_recorded_beside_the_current_stream(
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Recording)
 
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("memory is given back"))
+    others: list[threading.Thread] = []
+
     def work() -> None:
         log.append(f"work on {current[0]}")
+        others.append(threading.Thread(target=free_cached, args=("cuda:1",)))
+        others[-1].start()
+        others[-1].join(0.05)
         if fails:
             raise RuntimeError("operation not permitted when stream is capturing")
 
     recorder = CudaRecorder(torch.device("cuda:0"))
     with contextlib.suppress(RuntimeError):
         recorder.warm(work)
-    assert log == ["side waits for main", "work on side", "main waits for side"]
+    wanted = ["side waits for main", "work on side", "memory is given back", "main waits for side"]
+    assert log == wanted
     assert current == ["main"]
     log.clear()
     if fails:
         with pytest.raises(RuntimeError, match="not permitted"):
             recorder.record(work)
     else:
-        recorder.record(work)()
-    wanted = ["record in the pool on side, thread_local", "work on side", "replay"]
-    assert log == (wanted[:2] if fails else wanted)
+        recorder.record(work)
+    for other in others:
+        other.join()
+    # Nobody may while a graph is recorded: torch would fail there, or here.
+    wanted = ["record in the pool on side, thread_local", "work on side", "recorded"]
+    assert log == [*wanted, "memory is given back"]
     assert current == ["main"]
 
 
@@ -564,6 +577,59 @@ def test_recorded_steps_are_checked_when_a_model_is_loaded(
         assert drafter_of(language_model).counts.forwards == 0
     assert recorders[0].replayed == 2 + 8  # first steps of three rounds, and nine others
     assert caplog.text.count("eagerly from now on (recorded ones compute otherwise)") == 1
+
+
+def test_a_model_that_asks_the_device_is_not_recorded(
+    load: Loader, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Recording it would fail, and leave what torch cannot clean up."""
+
+    def item(states: torch.Tensor) -> object:
+        return states.sum().item()
+
+    def by_mask(states: torch.Tensor) -> object:
+        return states[states > 0]
+
+    def write_by_mask(states: torch.Tensor) -> object:
+        states[states != states] = 0.0
+        return None
+
+    def nothing(states: torch.Tensor) -> object:
+        return states[:, torch.arange(states.shape[1])] + 1.0
+
+    for asking in (item, by_mask, write_by_mask, nothing):
+        recorder = TapeRecorder()
+        runner = Runner(f"{asking.__name__} a model", recorder=recorder)
+        models = load(steps="eager"), load()
+        head = models[0]._loaded().network.model.lm_head  # the weights are the other's too
+
+        def ask(module: Any, inputs: Any, asking: Any = asking) -> None:
+            asking(inputs[0].clone())
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalLanguageModel, "_runner", lambda *_, runner=runner: runner)
+            handle = head.register_forward_pre_hook(ask)
+            try:
+                Replies(12, [20, 7, 12], models).play(3)
+            finally:
+                handle.remove()
+        assert (models[1].steps == "eager") == (asking is not nothing)
+        assert (recorder.recorded == 0) == (asking is not nothing)
+        for model in models:
+            model.unload()
+    assert caplog.text.count("eagerly from now on (the model asks the device") == 3
+
+
+def test_what_is_brought_to_a_gpu_is_noticed_there_only() -> None:
+    with Listener() as listener:
+        torch.tensor([1.0]).to(torch.float64).copy_(torch.ones(1))
+        torch.tensor(2) + torch.zeros(1)
+        assert not listener.heard
+        torch.ones(2).to("meta")
+        assert listener.heard
+    with Listener() as listener:
+        torch.empty(2, device="meta").copy_(torch.ones(2))
+    assert listener.heard
 
 
 # What the host waits for

@@ -25,7 +25,7 @@ from langchain_stars.language_models.base import (
 from langchain_stars.language_models.masks import TreeMask, causal_masks
 from langchain_stars.language_models.network import Network
 from langchain_stars.language_models.sampling import Sampler, Warpers
-from langchain_stars.language_models.steps import Feeding, Runner, Shape, Stage
+from langchain_stars.language_models.steps import Feeding, Listener, Runner, Shape, Stage
 from langchain_stars.packing import read_later, to_device
 from langchain_stars.prompts import PromptStore, num_common
 from langchain_stars.ragged_cache import RaggedCache
@@ -1419,6 +1419,31 @@ def snapshot_error(network: Network) -> float:
     return _deviation(network, logits)
 
 
+def _probed(
+    network: Network, prompts: Sequence[list[int]], runner: Runner
+) -> tuple[Stage, Callable[[], None]]:
+    """Return a stage for rounds behind two prompts, and what begins one, with likeliest tokens."""
+    limit = _bucket(max(map(len, prompts))) + 16
+    cache = RaggedCache(network.num_layers)
+    cache.resize(2, limit + 1)
+    logits = _fed(network, cache, prompts).float()
+    greedy, lengths = [Sampling(temperature=0)] * 2, list(map(len, prompts))
+    stage = Stage(network, cache, logits, Shape(2, 2, 8, limit), greedy, runner)
+    return stage, lambda: stage.begin(lengths, torch.ones((2, 2, 8)), greedy, prompts)
+
+
+@torch.inference_mode()
+def asks(network: Network) -> bool:
+    """Whether the host waits for the device in a step, or brings it something."""
+    stage, begin = _probed(network, _probe(network)[0], Runner(""))
+    begin()
+    stage.first()
+    listener = Listener()  # type: ignore[no-untyped-call]
+    with listener:
+        stage.step()
+    return listener.heard
+
+
 @torch.inference_mode()
 def replay_error(network: Network, runner: Runner) -> float:
     """Return how far steps that a runner has recorded are from plain recomputation.
@@ -1428,14 +1453,9 @@ def replay_error(network: Network, runner: Runner) -> float:
     range, so far are they.
     """
     prompts, _ = _probe(network)
-    limit = _bucket(max(map(len, prompts))) + 16
-    cache = RaggedCache(network.num_layers)
-    cache.resize(2, limit + 1)
-    logits = _fed(network, cache, prompts).float()
-    greedy = [Sampling(temperature=0)] * 2
-    stage = Stage(network, cache, logits, Shape(2, 2, 8, limit), greedy, runner)
+    stage, begin = _probed(network, prompts, runner)
     for _ in range(3):
-        stage.begin([len(prompt) for prompt in prompts], torch.ones((2, 2, 8)), greedy, prompts)
+        begin()
         stage.first()
         for _ in range(3):
             stage.step()

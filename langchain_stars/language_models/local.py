@@ -36,6 +36,7 @@ from langchain_stars.language_models.drafters import (
     RaggedDrafter,
     RecomputeDrafter,
     SnapshotDrafter,
+    asks,
     is_out_of_memory,
     ragged_error,
     replay_error,
@@ -48,6 +49,7 @@ from langchain_stars.packing import (
     can_pack,
     device_name,
     digest_of,
+    free_cached,
     input_device,
     is_quantised,
     pack,
@@ -579,8 +581,7 @@ class LocalLanguageModel(LanguageModel):
             weights.model = None
             for user in users:
                 user._drafter = user._shared = None
-        if self._device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        free_cached(self._device)
 
     def round_seconds(self, num_rows: int, count: int, size: int) -> float:
         """Return the time of a round, from forward passes measured when this is first asked."""
@@ -612,8 +613,7 @@ class LocalLanguageModel(LanguageModel):
         self.counts.out_of_memory += 1
         widest = max(request.count for request in requests)
         _log.warning("out of memory: %d rows x %d candidates", len(requests), widest)
-        if self._device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        free_cached(self._device)
         everywhere = range(len(requests))
         if drafter.spare():
             return (yield from _skipping(self._backing_off(requests), shown))
@@ -843,6 +843,9 @@ class LocalLanguageModel(LanguageModel):
     def _check_replay(self, network: Network, runner: Runner) -> None:
         """Let a runner record a few steps; give it up where they compute otherwise, or cannot be."""
         try:
+            if asks(network):
+                runner.give_up("the model asks the device what it has computed")
+                return
             error = replay_error(network, runner)
         except (MemoryError, RuntimeError) as failure:
             runner.give_up(type(failure).__name__)

@@ -14,18 +14,53 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from langchain_stars.language_models.base import Sampling
 from langchain_stars.language_models.masks import TreeMask, causal_masks
 from langchain_stars.language_models.network import Network
 from langchain_stars.language_models.sampling import Sampler
-from langchain_stars.packing import to_device
+from langchain_stars.packing import ALLOCATING, to_device
 from langchain_stars.ragged_cache import RaggedCache
 
 _log = logging.getLogger(__name__)
 
 Steps: TypeAlias = Literal["auto", "eager", "static", "compiled", "graphs"]
 """How the steps of a round are run."""
+
+
+class Listener(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notices where the host waits for the device or brings it something, which no graph can hold.
+
+    To find out by recording would be late: where that fails, memory stays behind, and up to torch
+    2.12 the allocator takes the graph for one that is still recorded.
+
+    Attributes:
+        heard: Whether it has noticed any such thing.
+    """
+
+    heard: bool = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Do an operation."""
+        result = func(*args, **(kwargs or {}))
+        self.heard = self.heard or _asks(func, args, result)
+        return result
+
+
+def _asks(func: Any, args: Sequence[Any], result: Any) -> bool:
+    name = func.overloadpacket.__name__
+    if name in ("index", "index_put", "index_put_"):  # by a mask: as many as it is true for
+        return any(
+            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+            for index in args[1]
+        )
+    if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+        return True
+    kinds = {each.device.type for each in (*args, result) if isinstance(each, Tensor)}
+    if name == "lift_fresh":  # what the host has made from numbers, and put on a device at once
+        return kinds != {"cpu"}
+    return name in ("_to_copy", "copy_") and "cpu" in kinds and len(kinds) > 1
 
 
 class Recorder(Protocol):
@@ -66,6 +101,8 @@ class CudaRecorder:
         """Return the replay of a new graph."""
         graph = torch.cuda.CUDAGraph()
         with (
+            # One graph at a time in a process, and nobody gives memory back meanwhile.
+            ALLOCATING,
             # Where recording fails, `torch.cuda.graph` leaves its stream current; this does not.
             torch.cuda.stream(self._stream),
             # What other threads do on the device meanwhile is no fault of this one.
