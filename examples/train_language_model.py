@@ -228,6 +228,12 @@ def save_bundle(model: Any, weights: dict[str, Tensor], tokenizer: Any, folder: 
     model.load_state_dict(kept)
     copy.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    # How it was loaded here says nothing of how it is loaded elsewhere.
+    for name in ("is_local", "local_files_only"):
+        settings.pop(name, None)
+    path.write_text(json.dumps(settings, indent=2))
     if isinstance(copy, LlamaForCausalLM):
         GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
