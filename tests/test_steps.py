@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import itertools
 import logging
 import random
 import shutil
@@ -555,6 +556,35 @@ def test_a_cuda_graph_is_recorded_beside_the_current_stream(
     wanted = ["record in the pool on side, thread_local", "work on side", "recorded"]
     assert log == [*wanted, "memory is given back"]
     assert current == ["main"]
+
+
+def test_graphs_share_a_pool_as_long_as_one_of_them_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch refuses a pool whose graphs have all gone while any of its memory is held."""
+    pools: list[int] = []
+
+    class Graph:
+        def replay(self) -> None: ...
+
+    @contextlib.contextmanager
+    def recording(graph: Graph, *, pool: int, **settings: Any) -> Iterator[None]:
+        pools.append(pool)
+        yield
+
+    handles = itertools.count()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda chosen: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    recorder = CudaRecorder(torch.device("cuda:0"))
+    replays = [recorder.record(lambda: None) for _ in range(2)]
+    replays.append(recorder.record(lambda: None))
+    del replays[:2]
+    replays.append(recorder.record(lambda: None))
+    assert len(set(pools)) == 1
+    replays.clear()
+    replays.append(recorder.record(lambda: None))
+    assert len(set(pools)) == 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])

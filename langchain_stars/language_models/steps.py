@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -86,6 +87,7 @@ class CudaRecorder:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def warm(self, work: Callable[[], None]) -> None:
         """Do the work on the stream that records, between what the current one does."""
@@ -99,6 +101,8 @@ class CudaRecorder:
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Return the replay of a new graph."""
+        if not self._graphs:  # torch takes no pool whose graphs have all gone, but not its memory
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with (
             # One graph at a time in a process, and nobody gives memory back meanwhile.
@@ -111,6 +115,7 @@ class CudaRecorder:
             ),
         ):
             work()
+        self._graphs.add(graph)
         return graph.replay
 
 
