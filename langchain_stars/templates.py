@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 Chat: TypeAlias = Sequence[Mapping[str, Any]]
 
@@ -52,8 +52,9 @@ def encode_chat(
 
     Only the control tokens that the template writes are encoded as such. Those that messages and
     tools spell are text, in the keys of a call's arguments as well; so is what only looks like one
-    because the template writes its own text right beside theirs. Where a template spells in ASCII
-    what it is given, such as a dictionary by `string`, control tokens get a blank.
+    because the template writes its own text right beside theirs, or takes something out of theirs.
+    Where a template spells in ASCII what it is given, such as a dictionary by `string`, control
+    tokens get a blank.
     """
     from transformers.utils.chat_template_utils import encode_marked_chat
 
@@ -77,9 +78,9 @@ def encode_chat(
         spell = _cutting(controls)
         text = written(spell)
     ids: list[int] = encode_marked_chat(tokenizer, text)
-    if not any(any(_joins(text, tokens)) for text in _strings((chat, tools or ()))):
+    if not any(_may_become(text, tokens) for text in _strings((chat, tools or ()))):
         return ids
-    apart: list[int] = encode_marked_chat(tokenizer, written(_walling(spell, tokens)))
+    apart: list[int] = encode_marked_chat(tokenizer, written(_walling(spell, controls, tokens)))
     of_controls = set(tokenizer.convert_tokens_to_ids(list(tokens)))
     same = [each for each in ids if each in of_controls] == [
         each for each in apart if each in of_controls
@@ -161,14 +162,30 @@ def _cutting(controls: "re.Pattern[str]") -> Callable[[str], str]:
     return cut
 
 
-def _walling(spell: Callable[[str], str], tokens: tuple[str, ...]) -> Callable[[str], str]:
-    """Return what also puts a mark where a text could become a token with what is beside it."""
+def _walling(
+    spell: Callable[[str], str], controls: "re.Pattern[str]", tokens: tuple[str, ...]
+) -> Callable[[str], str]:
+    """Return what also puts a mark where a text could become a token.
+
+    That is at its ends, with what is beside it, and behind whatever a token may begin with: then
+    none is left where a template takes out what is between the beginning and the rest of one.
+    """
+    begins = _edges(tokens).begins
 
     def walled(text: str) -> str:
         before, behind = _joins(text, tokens)
-        return _BEGIN_MARK * before + spell(text) + _END_MARK * behind
+        text = text.replace(_BEGIN_MARK, "").replace(_END_MARK, "")
+        pieces = controls.split(text)  # every other one is a token
+        pieces[::2] = [begins.sub(f"\\g<0>{_BEGIN_MARK}", piece) for piece in pieces[::2]]
+        pieces[1::2] = map(spell, pieces[1::2])
+        return _BEGIN_MARK * before + "".join(pieces) + _END_MARK * behind
 
     return walled
+
+
+def _may_become(text: str, tokens: tuple[str, ...]) -> bool:
+    """Return whether a text could become a token, or a part of one, in a template's hands."""
+    return bool(_edges(tokens).begins.search(text)) or any(_joins(text, tokens))
 
 
 def _joins(text: str, tokens: tuple[str, ...]) -> tuple[bool, bool]:
@@ -178,26 +195,36 @@ def _joins(text: str, tokens: tuple[str, ...]) -> tuple[bool, bool]:
     """
     if _WORD.fullmatch(text):
         return False, False
-    beginnings, endings, longest = _edges(tokens)
+    edges = _edges(tokens)
     if any(text in token for token in tokens):
         return True, True
-    sizes = range(1, min(longest, len(text)) + 1)
+    sizes = range(1, min(edges.longest, len(text)) + 1)
     return (
-        any(text[:size] in endings for size in sizes),
-        any(text[-size:] in beginnings for size in sizes),
+        any(text[:size] in edges.endings for size in sizes),
+        any(text[-size:] in edges.beginnings for size in sizes),
     )
 
 
 _WORD = re.compile(r"\w*")
 
 
+class _Edges(NamedTuple):
+    """What tokens begin with and end with, in all lengths, the longest, and a first character."""
+
+    beginnings: frozenset[str]
+    endings: frozenset[str]
+    longest: int
+    begins: "re.Pattern[str]"
+
+
 @functools.lru_cache(maxsize=32)
-def _edges(tokens: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str], int]:
-    """Return what tokens begin with, what they end with, and the length of the longest."""
-    return (
+def _edges(tokens: tuple[str, ...]) -> _Edges:
+    firsts = {token[:1] for token in tokens if not token[:1].isalnum()}
+    return _Edges(
         frozenset(token[:size] for token in tokens for size in range(1, len(token))),
         frozenset(token[size:] for token in tokens for size in range(1, len(token))),
         max(map(len, tokens), default=0),
+        _any_of(sorted(firsts)),
     )
 
 
