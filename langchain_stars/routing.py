@@ -692,6 +692,8 @@ def _turns(messages: Sequence[BaseMessage], *, trusts_system: bool) -> list[list
         # What is said before the first question, or would be continued, a caller may have made up.
         replied = _is_reply(message) and first < place < last
         text = _text(message)
+        if message.name and not replied:  # which some chat templates write down
+            text = f"{message.name}\n\n{text}"
         if text.strip():
             turns[-1].append(("assistant" if replied else "user", text))
     return turns

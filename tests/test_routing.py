@@ -505,6 +505,9 @@ def test_harmless_text_around_it_hides_nothing():
         [ChatMessage(role="developer", content=SENSITIVE), HumanMessage("Go on.")],
         [HumanMessage([{"type": "text", "text": "Hello"}, {"type": "text", "text": SENSITIVE}])],
         [HumanMessage([SENSITIVE])],
+        [HumanMessage("Go on.", name=SENSITIVE)],
+        [HumanMessage("Hello"), AIMessage("Hi"), HumanMessage("", name=SENSITIVE)],
+        [HumanMessage("Go on."), AIMessage("Sure:", name=SENSITIVE)],
     ],
     ids=[
         "tool result",
@@ -515,6 +518,9 @@ def test_harmless_text_around_it_hides_nothing():
         "other role",
         "second block",
         "plain block",
+        "name",
+        "nothing but a name",
+        "name of a prefilled reply",
     ],
 )
 def test_nothing_that_a_caller_may_have_written_is_left_out(
