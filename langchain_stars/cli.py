@@ -274,6 +274,8 @@ def _take_turn(screen: _Screen, thread: _Thread) -> bool:
             if screen.laid_out:
                 screen.line()
     except EOFError:
+        if asked:  # not of what is typed
+            raise
         return False
     except KeyboardInterrupt:
         if not asked:
@@ -357,20 +359,24 @@ def _heard() -> Iterator[None]:
                     signal.pthread_kill(waiting, signal.SIGINT)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        heard.set()
-        signal.default_int_handler(number, frame)
+        if not heard.is_set():  # else it was sent again while it was being heard
+            heard.set()
+            signal.default_int_handler(number, frame)
 
     before = -1
+    repeating = threading.Thread(target=repeat, name="stars-keyboard", daemon=True)
     try:
         signal.signal(signal.SIGINT, interrupt)
         before = signal.set_wakeup_fd(telling, warn_on_full_buffer=False)
-        threading.Thread(target=repeat, name="stars-keyboard", daemon=True).start()
+        repeating.start()
         yield
     finally:
         heard.set()
         signal.set_wakeup_fd(before)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.close(telling)
+        if repeating.is_alive():
+            repeating.join(_PATIENCE)  # before the next one is ended by what was meant for this
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _greet(screen: _Screen, arguments: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Iterator
@@ -426,6 +427,29 @@ def test_what_is_typed_the_moment_that_a_prompt_appears_counts(
         terminal.type(typed)
         terminal.wait_for(answer, timeout=10)
     assert terminal.exit_code() == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no signals to threads")
+def test_an_interrupt_that_is_sent_again_while_it_is_heard_ends_nothing_more():
+    with cli._heard():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not [thread for thread in threading.enumerate() if thread.name == "stars-keyboard"]
+
+
+def test_a_model_that_reads_beyond_an_end_does_not_end_the_chat_in_silence(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def tell(*_: object) -> None:
+        raise EOFError("Ran out of input")
+
+    screen = cli._Screen()
+    monkeypatch.setattr(cli, "_ask", lambda _: "Hello")
+    monkeypatch.setattr(cli, "_tell", tell)
+    with pytest.raises(EOFError):
+        cli._take_turn(screen, None)  # type: ignore[arg-type]
 
 
 @needs_terminal
