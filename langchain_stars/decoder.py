@@ -316,6 +316,7 @@ class Row:
         prefix: Prompt and accepted tokens.
         subject: The reply, for the scorers.
         policy: Its guard; None for an unguarded reply.
+        scorers: The scorers of its guard, each once.
         inquiry: What the scorers are being asked about it; None when nothing is open.
         ended: Whether its last event has been told.
     """
@@ -338,6 +339,7 @@ class Row:
         self.prefix = prefix
         self.subject = subject
         self.policy = policy
+        self.scorers = policy.scorers if policy else ()
         self.inquiry: Inquiry | None = None
         self.ended = False
         self.prompt_reward: float | None = None
@@ -410,7 +412,7 @@ class Row:
     @property
     def judged_on_device(self) -> bool:
         """Whether every scorer that judges the reply runs on the engine's thread."""
-        return all(leaf.scorer.on_device for leaf in self._leaves)
+        return all(scorer.on_device for scorer in self.scorers)
 
     @property
     def num_segments(self) -> int:
@@ -1027,7 +1029,11 @@ def _counts(language_model: LanguageModel, rows: Sequence[Row], *, lazy: bool) -
         ceiling = min(language_model.max_candidates, max(_ceiling(row) for row in adaptive))
         best = 0.0
         num_tokens = len(rows) * size
-        reading = max(_reading_seconds(language_model, row, num_tokens) for row in adaptive)
+        times = {
+            scorer: _seconds(language_model, scorer, num_tokens=num_tokens)
+            for scorer in {scorer for row in adaptive for scorer in row.scorers}
+        }
+        reading = max(sum(times[scorer] for scorer in row.scorers) for row in adaptive)
         for count in range(1, ceiling + 1):
             kept = [
                 expected_accepted(row.acceptance_rate, min(count, _ceiling(row)))
@@ -1054,12 +1060,6 @@ def _count(row: Row, chosen: int, most: int) -> int:
     if row.policy is None:
         return 1
     return min(_ceiling(row), chosen if row.policy.adaptive else most)
-
-
-def _reading_seconds(language_model: LanguageModel, row: Row, num_tokens: int) -> float:
-    """Return how long the rewards of a row are thought to read some tokens."""
-    scorers = row.policy.scorers if row.policy else ()
-    return sum(_seconds(language_model, scorer, num_tokens=num_tokens) for scorer in scorers)
 
 
 def _seconds(language_model: LanguageModel, scorer: Scorer, *, num_tokens: int) -> float:

@@ -766,7 +766,7 @@ class Engine:
             if row.inquiry is not None:
                 row.inquiry.cancel()
             _release(lane.language_model.release, row.prefix)
-            for scorer in row.policy.scorers if row.policy else ():
+            for scorer in row.scorers:
                 _release(scorer.release, row.subject)
         lane.seats = staying
 

@@ -18,6 +18,7 @@ from test_decoder_law import (
     NUM_TESTS,
     REFUSAL,
     REWARDS,
+    SEGMENT_SIZE,
     chi_square,
     harmless,
     law,
@@ -621,6 +622,27 @@ def test_scorers_are_asked_in_order_and_only_about_what_is_not_rejected() -> Non
             assert sorted(calls) == [(name, ["a", "b", "c"]) for name in "abc"]
 
 
+def test_who_rejects_does_not_depend_on_who_answers_first() -> None:
+    """A worker that has answered spares no earlier stage, which may reject by another name."""
+    on_device, in_worker = Asked(None, on_device=True), Asked(lambda texts: [0.0] * len(texts))
+    one = ask(
+        on_device,
+        in_worker,
+        lazy=True,
+        rejects=lambda place, known: next((leaf.scorer.name for leaf in known), None),
+    )
+    on_device.scorer.name, in_worker.scorer.name = "device", "worker"  # type: ignore[attr-defined]
+    one.begin(Workers(), lambda: None)
+    end = time.monotonic() + 5
+    while not one.done:
+        assert time.monotonic() < end
+        one.poll()
+    assert one.rejection(0) is None
+    assert one.ask(on_device.scorer) == [0, 1]
+    one.answered(on_device.scorer, {0: (0.0,), 1: None})
+    assert [one.rejection(place) for place in range(2)] == ["device", "worker"]
+
+
 def test_replies_whose_rewards_come_in_another_order_still_share_calls() -> None:
     calls: list[str] = []
     a, b = (
@@ -730,27 +752,35 @@ def test_what_takes_less_time_is_asked_first_and_more_is_drafted_for_it() -> Non
 
 def test_fewer_are_drafted_at_once_where_judging_takes_long() -> None:
     model = ScriptedLanguageModel(script)
+    asked: list[int] = []
 
     def drafted(seconds: float) -> int:
         part = Timed("value", value, seconds=seconds)
+        part.scorer.seconds = lambda count: asked.append(count) or seconds  # type: ignore[method-assign, func-returns-value]
         guard = dataclasses.replace(
             policy("constant", "refuse", count=3), objective=part, constraints=(), adaptive=True
         )
-        row = Row(
-            prefix=Prefix([10]),
-            subject=Subject(()),
-            policy=guard,
-            sampling=Sampling(),
-            seed=0,
-            max_tokens=MAX_TOKENS,
-            decode=model.decode,
-            tell=lambda event: None,
-        )
-        row.prepare()
-        return decoder._counts(model, [row], lazy=False)[0]
+        rows = [
+            Row(
+                prefix=Prefix([10]),
+                subject=Subject(()),
+                policy=guard,
+                sampling=Sampling(),
+                seed=seed,
+                max_tokens=MAX_TOKENS,
+                decode=model.decode,
+                tell=lambda event: None,
+            )
+            for seed in range(4)
+        ]
+        for row in rows:
+            row.prepare()
+        [count] = set(decoder._counts(model, rows, lazy=False))
+        return count
 
     assert drafted(1e-9) > 1
     assert drafted(1e9) == 1
+    assert asked == [4 * SEGMENT_SIZE] * 2  # once for all rows
 
 
 def test_a_scorer_that_cannot_tell_how_long_it_takes_still_judges() -> None:
