@@ -100,9 +100,11 @@ class TapeRecorder:
         if self.failing is not None:
             raise self.failing
         tape = Tape()
-        with tape:
-            work()
-        tape.undo()
+        try:
+            with tape:
+                work()
+        finally:
+            tape.undo()
         self.recorded += 1
 
         def replay() -> None:
@@ -602,7 +604,7 @@ def test_recorded_steps_are_checked_when_a_model_is_loaded(
         monkeypatch.setattr(LocalLanguageModel, "_runner", lambda *_, runner=runner: runner)
         language_model = load(family)
         right = recorder is recorders[0]
-        assert language_model.steps == ("static" if right else "eager")
+        assert language_model.steps == ("graphs" if right else "eager")
         assert (recorder.warmed, recorder.recorded) == (2, 2)
         assert drafter_of(language_model).counts.forwards == 0
     assert recorders[0].replayed == 2 + 8  # first steps of three rounds, and nine others
@@ -746,7 +748,7 @@ def test_the_time_of_a_static_round_is_that_of_what_is_computed(load: Loader) ->
     language_model = load(recorder=TapeRecorder())
     assert 0 < language_model.round_seconds(3, 3, 4) < 2
     [(way, table)] = language_model._weights().seconds.items()
-    assert way == ("ragged", "static")
+    assert way == ("ragged", "graphs")
     table.clear()
     table.update({4: 2.0, 16: 5.0})
     assert language_model.round_seconds(3, 3, 3) == 2.0 + 2 * 5.0

@@ -367,9 +367,9 @@ class LocalLanguageModel(LanguageModel):
         drafter = self._loaded()
         if not isinstance(drafter, RaggedDrafter) or drafter.runner is None:
             return "eager"
-        if self._steps != "auto":
-            return self._steps
-        return "graphs" if drafter.runner.records else "eager"
+        if drafter.runner.records and not drafter.runner.compiles:
+            return "graphs"
+        return "compiled" if drafter.runner.compiles else "static"
 
     @property
     def max_rows(self) -> int:
