@@ -482,7 +482,6 @@ class Row:
         return (
             not self.ended
             and self.inquiry is None
-            and not self._wants_pool
             and visit is not None
             and visit is self._drawn_for
             and visit.first + visit.attempts == candidate.attempt

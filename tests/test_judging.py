@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import random
 import threading
 import time
 from collections import Counter
@@ -29,7 +30,7 @@ from test_decoder_law import (
 )
 
 from langchain_stars import decoder
-from langchain_stars.acceptance import Acceptance, Constant
+from langchain_stars.acceptance import Acceptance, Calibrated, Constant, Linear
 from langchain_stars.decoder import Policy, Row
 from langchain_stars.judging import Inquiry, Workers, judging
 from langchain_stars.language_models.base import Prefix, Sampling
@@ -38,6 +39,7 @@ from langchain_stars.rewards.base import (
     Completion,
     Leaf,
     Raw,
+    Reward,
     Scorer,
     ScoreRequest,
     Subject,
@@ -398,9 +400,15 @@ def guard_of(parts: Mapping[str, Part], on_exhausted: str, **settings: Any) -> P
     )
 
 
-def transcripts(guard: Policy, seeds: Sequence[int], *, lazy: bool) -> list[tuple[Any, ...]]:
+def transcripts(
+    guard: Policy,
+    seeds: Sequence[int],
+    *,
+    lazy: bool,
+    model: ScriptedLanguageModel | None = None,
+) -> list[tuple[Any, ...]]:
     """Return text and report, or error, of each reply, decoded together."""
-    model, workers = ScriptedLanguageModel(script), Workers()
+    model, workers = model or ScriptedLanguageModel(script), Workers()
     events: dict[int, list[Any]] = {seed: [] for seed in seeds}
     rows = [
         Row(
@@ -504,6 +512,7 @@ def test_missing_values_are_had_once_and_only_where_one_of_the_rejected_is_kept(
     )
     [(text, report)] = transcripts(guard, [3], lazy=True)
     calls = parts["rest"].asked
+    assert cheap.num_asked == report.num_attempts
     if on_exhausted == "refuse":
         assert calls == []
         assert text == REFUSAL
@@ -541,6 +550,167 @@ def test_an_attempt_whose_missing_value_cannot_be_had_is_not_kept() -> None:
         for text, report in transcripts(whole, range(5), lazy=lazy):
             assert text == REFUSAL
             assert (report.num_attempts, report.num_failures) == (MAX_ATTEMPTS, 0)
+
+
+class Head(Leaf):
+    """One of the numbers of a scorer, in the range that it is said to have."""
+
+    def __init__(self, scorer: "_Random", head: int, range: tuple[float, float]) -> None:
+        self.scorer = scorer
+        self._head = head
+        self._range = range
+
+    @property
+    def name(self) -> str:
+        return f"{self.scorer.identity['name']}.{self._head}"
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {"name": self.name}
+
+    @property
+    def range(self) -> tuple[float, float]:
+        return self._range
+
+    def read(self, raw: Raw) -> float:
+        return raw[self._head]
+
+
+class _Random(Scorer):
+    """Says what it likes of each text, always the same; fails on some of them, in every way."""
+
+    def __init__(self, key: str, *, scale: float, rate: float, cost: float) -> None:
+        self._key = key
+        self._scale = scale
+        self._rate = rate
+        self._cost = cost
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {"name": self._key}
+
+    @property
+    def cost(self) -> float:
+        return self._cost
+
+    def score(self, requests: Sequence[ScoreRequest]) -> Any:
+        answers: Any = []
+        for request in requests:
+            answers.append([self._one(each) for each in request.candidates])
+            if any(
+                self._rng(each, "count").random() < self._rate / 4 for each in request.candidates
+            ):
+                answers[-1] = answers[-1][1:]
+        return answers
+
+    def _rng(self, completion: Completion, what: str) -> random.Random:
+        return random.Random(f"{self._key} {what} {completion.text} {completion.finished}")
+
+    def _one(self, completion: Completion) -> Any:
+        rng = self._rng(completion, "value")
+        values = tuple(round(rng.uniform(-self._scale, self._scale), 2) for _ in range(2))
+        if rng.random() >= self._rate:
+            return values
+        broken = (math.nan, math.inf, 100.0)  # the last is out of range where that is finite
+        kind = rng.choice([*broken, "none", "short", "error"])
+        if kind == "error":
+            raise ValueError
+        return {"none": None, "short": ()}.get(kind, (kind, values[1]))  # type: ignore[call-overload]
+
+
+def random_guard(seed: int, *, count: int, costs: int = 0) -> Policy:
+    """Return a policy that `seed` decides; how many are drafted and what is paid, the others do."""
+    rng, prices = random.Random(seed), random.Random(costs)
+    heads: list[Reward] = []
+    for number in range(rng.randint(1, 4)):
+        scale = rng.choice([0.5, 1.0, 3.0])
+        scorer = _Random(
+            f"{seed}.{number}",
+            scale=scale,
+            rate=rng.choice([0.0, 0.0, 0.15, 0.5]),
+            cost=prices.random(),
+        )
+        scorer.on_device = rng.random() < 0.6  # type: ignore[misc]
+        ends = [(-scale, scale), (-math.inf, math.inf), (-math.inf, scale), (-scale, math.inf)]
+        heads += (Head(scorer, head, rng.choice(ends)) for head in range(rng.choice([1, 2])))
+
+    def expression() -> Reward:
+        one, other, third = (rng.choice(heads) for _ in range(3))
+        return rng.choice(
+            [
+                one,
+                one + rng.choice([-1, 0.1, 2]) * other,
+                minimum(one, other, 0.3),
+                maximum(one, other) + 0.1 * third,
+                minimum(one + other, 2 * one) - 0.3 * third,
+            ]
+        )
+
+    target = rng.choice([-0.5, 0.0, 0.5, 1.0, 2.0])
+    schedules = [
+        Constant(target),
+        Linear(target=target, alpha=rng.choice([0.0, 0.5, 1.0]), horizon=6),
+        Calibrated(thresholds=(target, target + 0.3), segment_size=2),
+    ]
+    return Policy(
+        objective=expression(),
+        constraints=tuple(
+            expression() >= rng.choice([-1.0, -0.5, 0.0, 0.2]) for _ in range(rng.choice([0, 1, 2]))
+        ),
+        acceptance=Acceptance(
+            schedule=rng.choice(schedules),
+            beta=rng.choice([0.0, 0.3, 1.0]),
+            max_attempts=rng.choice([1, 3, 5, 8]),
+            on_exhausted=rng.choice(["fallback", "fallback", "best", "refuse", "raise"]),
+        ),
+        segment_size=rng.choice([1, 2, 3]),
+        max_candidates=count,
+        adaptive=False,
+        holdback=rng.choice([0, 0, 1, 2]),
+        max_takebacks=rng.choice([1, 2, 4]),
+        refusal_message=REFUSAL,
+    )
+
+
+class Spread(ScriptedLanguageModel):
+    """Says that it runs where candidates are judged all at once."""
+
+    device = "cuda"
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_no_guard_gives_other_replies_where_it_is_faster(seed: int) -> None:
+    """Guards made by chance, of rewards that fail in every way: texts, segments and counts."""
+    seeds = range(10 * seed, 10 * seed + 6)
+    expected = transcripts(random_guard(seed, count=1), seeds, lazy=False)
+    for costs, (count, lazy, model) in enumerate(
+        [(5, False, Spread), (1, True, Spread), (5, True, Spread), (5, True, ScriptedLanguageModel)]
+    ):
+        guard = random_guard(seed, count=count, costs=costs)
+        assert transcripts(guard, seeds, lazy=lazy, model=model(script)) == expected
+
+
+def test_what_can_no_more_be_kept_is_asked_of_nobody() -> None:
+    """The threshold is out of reach, as the second shows; the first has failed."""
+
+    def broken(text: str, finished: bool) -> float:
+        if text:
+            raise ValueError
+        return 0.0
+
+    parts = [
+        Part("broken", broken, range=(-1.0, 1.0), cost=0.1),
+        Part("cheap", lambda text, finished: -10.0, range=(-10.0, 0.0), cost=0.2),
+        Part("rest", rest, cost=0.3),
+    ]
+    guard = dataclasses.replace(
+        guard_of(parts_of(), "fallback"),
+        objective=parts[0] + parts[1] + parts[2],
+        constraints=(),
+    )
+    [(text, report)] = transcripts(guard, [3], lazy=True)
+    assert text == REFUSAL
+    assert [part.num_asked for part in parts[1:]] == [report.num_attempts, 0]
 
 
 def ask(*leaves: Leaf, texts: Sequence[str] = ("a", "b"), **settings: Any) -> Inquiry:
@@ -689,6 +859,18 @@ def test_after_three_failures_in_a_row_a_function_is_asked_no_more_and_only_then
     assert asked("") == list("abc")
     assert asked("c") == list("abdef")  # the third of these follows the second, but c lies between
     assert asked("", Asked(lambda texts: [1.0] * len(texts))) == list("abcdef")
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_what_just_reaches_the_threshold_and_the_floor_is_accepted(lazy: bool) -> None:
+    guard = Policy(
+        objective=Part("even", lambda text, finished: 0.5, range=(0.0, 0.5)),
+        constraints=(Part("level", lambda text, finished: 0.1, range=(0.0, 0.1)) >= 0.1,),
+        acceptance=Acceptance(schedule=Constant(0.5), max_attempts=1, on_exhausted="raise"),
+        segment_size=SEGMENT_SIZE,
+    )
+    for _, report in transcripts(guard, range(5), lazy=lazy):
+        assert {segment.outcome for segment in report.segments} == {"accepted"}
 
 
 def test_an_attempt_that_is_out_of_reach_has_not_failed_however_many_are_drafted() -> None:

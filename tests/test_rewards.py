@@ -1684,6 +1684,8 @@ def test_a_prompt_that_begins_like_another_of_its_partition_is_not_read_again(
     # A row that is still in use shares its prompt, too.
     assert reused("The weather?", partition="three", finish=False)[0] == 0
     assert reused("The weather?", partition="three")[0] > system
+    kept = {partition for partition, _ in packed_of(scorer).prompts._entries}
+    assert kept == {"one", "two", "three"}
 
 
 def test_what_was_kept_of_a_reply_is_not_read_again_in_the_next_turn(
@@ -2007,6 +2009,24 @@ def test_a_candidate_without_finite_logits_leaves_no_trace(
     stored = packed_of(keeping).prompts._entries.values()
     assert stored
     assert all(bool(state.isfinite().all()) for states in stored for state in states)
+
+
+def test_states_that_are_not_finite_are_never_stored(
+    keeping: SequenceClassifier, tokenizer: Any
+) -> None:
+    """A key may be infinite, and what is read behind it finite."""
+    subject, replies = shared_subject(tokenizer, "Hello there"), Replies(tokenizer, 0)
+    asked = first_request(subject, replies)
+    keeping.score([asked])
+    replies.accepted[0] = asked.candidates[2].token_ids or ()
+    keeping.score([replies.request(0)])
+    reader = packed_of(keeping)
+    [before] = reader.prompts._entries
+    (layer, *_) = reader._lanes[subject.lane].cache.layers
+    with torch.inference_mode():
+        layer.keys[0, 0, 0, 0] = math.inf
+    keeping.release(subject)
+    assert [*reader.prompts._entries] == [before]
 
 
 def test_a_reading_that_fails_leaves_nothing_that_is_not_finite_to_the_next_reply(
