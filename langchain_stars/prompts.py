@@ -15,7 +15,8 @@ class PromptStore:
     """A bounded store; what was not used for longest is dropped first.
 
     What is found was put under the same partition, a name that the application gives, and has the
-    very same token ids: a request neither gets nor notices anything of another partition's.
+    very same token ids: a request neither gets nor notices what is in another partition's. That
+    others are busy it may notice, as it does by any load: the memory is one for all of them.
 
     Args:
         max_bytes: Most memory of all that is stored, at least 0; 0 stores nothing.
