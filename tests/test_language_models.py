@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_model, make_tokenizer
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from transformers import (
     AutoConfig,
@@ -270,6 +271,36 @@ def test_a_model_that_disregards_position_ids_fails_the_check(
     assert load("bloom").drafts == "snapshot"
     with pytest.raises(ValueError, match="`drafts` cannot be ragged"):
         load("bloom", drafts="ragged").load()
+
+
+ROTARY = {
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+    "dynamic": {"factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_no_reply_depends_on_how_long_another_is(
+    kind: str, load: Callable[..., LocalLanguageModel], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some rotary positions change their frequencies by the longest row of a batch."""
+    rotary = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    model = make_model(
+        "llama", make_tokenizer(), rope_parameters=rotary | ROTARY[kind], max_position_embeddings=64
+    )
+    models = [
+        LocalLanguageModel(model, tokenizer=make_tokenizer(), context_length=length)
+        for length in (64, 512)
+    ]
+    assert [each.drafts for each in models] == ["ragged", "snapshot"]
+    assert caplog.text.count("computes all rows otherwise where one is longer than 64 tokens") == 1
+    short = [[ask(Prefix(range(20, 40)), size=12)] for _ in range(2)]
+    beside = ask(Prefix(range(20, 130)), size=12, seed=5)
+    assert models[1].draw([*short[0], beside])[:1] == models[1].draw(short[1])
+    with pytest.raises(ValueError, match="`drafts` cannot be ragged"):
+        LocalLanguageModel(
+            model, tokenizer=make_tokenizer(), drafts="ragged", context_length=512
+        ).load()
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "mamba"])

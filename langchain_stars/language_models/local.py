@@ -812,7 +812,7 @@ class LocalLanguageModel(LanguageModel):
                 continue
             if way not in weights.drafts:
                 weights.drafts[way] = self._is_right(way, network)
-            if weights.drafts[way]:
+            if weights.drafts[way] and not (way == "ragged" and self._rows_mix(network)):
                 if drafter is RaggedDrafter:
                     runner = self._runner(network)
                     if runner is not None and runner.records and not runner.compiles:
@@ -853,6 +853,19 @@ class LocalLanguageModel(LanguageModel):
         _log.debug("%s: error of recorded steps %.1e of the logits' scale", self._name, error)
         if error > _most_error(network):
             runner.give_up("recorded ones compute otherwise")
+
+    def _rows_mix(self, network: Network) -> bool:
+        """Whether the length of one row changes what is computed for the others of a round."""
+        longest = _longest_alike(network.model.config.get_text_config())
+        if network.context_length <= longest:
+            return False
+        _log.warning(
+            "%s computes all rows otherwise where one is longer than %d tokens: they are not drafted"
+            " together, unless `context_length` is no more than that",
+            self._name,
+            longest,
+        )
+        return True
 
     def _is_right(self, way: str, network: Network) -> bool:
         if way == "recompute":
@@ -968,6 +981,20 @@ def _windows(config: Any) -> dict[str, int | None] | None:
     if not set(kinds) <= set(known):
         return None
     return {kind: known[kind] for kind in sorted(set(kinds))}
+
+
+def _longest_alike(config: Any) -> int:
+    """Return up to which length of the longest row all rows are computed in one way.
+
+    Beyond it some kinds of rotary positions change their frequencies, and for the whole batch.
+    """
+    said = getattr(config, "rope_parameters", None) or {}
+    longest = _UNLIMITED_CONTEXT
+    for each in (said, *said.values()):  # for all layers, or by their kinds
+        if isinstance(each, Mapping) and each.get("rope_type") in ("dynamic", "longrope"):
+            own = each.get("original_max_position_embeddings") or config.max_position_embeddings
+            longest = min(longest, int(own))
+    return longest
 
 
 def _is_recurrent(config: Any) -> bool:
