@@ -840,7 +840,7 @@ def test_after_three_failures_in_a_row_a_function_is_asked_no_more_and_only_then
         calls.extend(texts)
         raise ValueError
 
-    def asked(rejected: str, *others: Leaf) -> list[str]:
+    def asked(rejected: str, *others: Leaf, in_turn: bool = True) -> list[str]:
         calls.clear()
         first = Asked(lambda texts: [float(t in rejected) for t in texts], on_device=True)
         one = ask(
@@ -850,7 +850,7 @@ def test_after_three_failures_in_a_row_a_function_is_asked_no_more_and_only_then
             texts=tuple("abcdef"),
             lazy=True,
             spares_workers=True,
-            in_turn=True,
+            in_turn=in_turn,
             rejects=lambda place, known: "rejected" if known.get(first) else None,
         )
         settle(one, workers=Workers())
@@ -859,6 +859,7 @@ def test_after_three_failures_in_a_row_a_function_is_asked_no_more_and_only_then
     assert asked("") == list("abc")
     assert asked("c") == list("abdef")  # the third of these follows the second, but c lies between
     assert asked("", Asked(lambda texts: [1.0] * len(texts))) == list("abcdef")
+    assert asked("", in_turn=False) == list("abcdef")  # rejected attempts, of which one is kept
 
 
 @pytest.mark.parametrize("lazy", [True, False])
@@ -894,6 +895,28 @@ def test_an_attempt_that_is_out_of_reach_has_not_failed_however_many_are_drafted
     assert any(report.num_failures > 2 for _, report in expected)
     for count, lazy in ((8, False), (8, True), (1, True)):
         assert transcripts(guard(count), range(60), lazy=lazy) == expected
+
+
+def test_only_three_failures_with_nothing_between_them_end_a_reply() -> None:
+    """What becomes of each attempt is told by what the reward has been asked."""
+    ends: set[tuple[bool, int]] = set()
+    for seed in range(60):
+        part = Part(
+            "part", lambda text, finished: math.nan if "a" in text else 0.0, range=(0.0, 1.0)
+        )
+        guard = Policy(
+            objective=part,
+            acceptance=Acceptance(schedule=Constant(1.0), max_attempts=8, on_exhausted="refuse"),
+            segment_size=SEGMENT_SIZE,
+            max_candidates=1,
+        )
+        [(_, report)] = transcripts(guard, [seed], lazy=True)
+        failed = ["a" in text for (text,) in part.asked]
+        in_a_row = [failed[at : at + 3] == [True] * 3 for at in range(len(failed))]
+        assert report.num_attempts == (in_a_row.index(True) + 3 if any(in_a_row) else 8)
+        assert report.num_failures == sum(failed)
+        ends.add((any(in_a_row), sum(failed)))
+    assert {(True, 3), (True, 4), (False, 3), (False, 4)} <= ends
 
 
 class Timed(Part):
