@@ -6,6 +6,7 @@ query sees is written down as three numbers, `depth`, `start` and `slot`: the fi
 (what it continues) and its own run from `start` to `slot`.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -303,6 +304,11 @@ def packed_sdpa(
     )
     return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
 
+
+# Where nobody has said otherwise, of the kernels of a GPU those that take every length as it comes:
+# torch prefers cuDNN's on Hopper, which are compiled anew for each number of queries and slots.
+os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+os.environ.setdefault("TORCH_CUDNN_SDPA_PREFERRED", "0")  # what torch 2.9 and 2.10 look at
 
 AttentionInterface.register(ATTENTION, packed_sdpa)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -4,8 +4,11 @@ import contextlib
 import inspect
 import itertools
 import logging
+import os
 import random
 import shutil
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -336,6 +339,25 @@ def test_attention_takes_a_mask_that_is_folded_for_other_groups(kept: int, folde
     )
     got, _ = packed_sdpa(torch.nn.Module(), query, key, value, mask.repeat(1, 1, folded, 1))
     torch.testing.assert_close(got.transpose(1, 2), wanted)
+
+
+def test_kernels_that_are_compiled_for_every_length_are_not_preferred() -> None:
+    """Torch reads it when attention is first computed on a GPU, which must be later."""
+    names = ("TORCH_CUDNN_SDPA_DEPRIORITIZED", "TORCH_CUDNN_SDPA_PREFERRED")
+    code = (
+        "import os, langchain_stars.rewards, langchain_stars.ragged_cache\n"
+        f"print(*map(os.environ.get, {names}))"
+    )
+    without = {name: value for name, value in os.environ.items() if name not in names}
+    for given, wanted in (({}, "1 0"), (dict(zip(names, "01", strict=True)), "0 1")):
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            env=without | given,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert run.stdout.strip() == wanted
 
 
 # Recorded
