@@ -440,7 +440,12 @@ def test_stages_are_bounded_and_what_was_not_used_longest_goes(
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("not while capturing"), torch.OutOfMemoryError("none left")]
+    "error",
+    [
+        RuntimeError("not while capturing"),
+        torch.OutOfMemoryError("none left"),
+        AttributeError("no such thing where it is traced"),
+    ],
 )
 def test_where_recording_fails_steps_become_eager_and_one_line_says_so(
     error: Exception, load: Loader, caplog: pytest.LogCaptureFixture
