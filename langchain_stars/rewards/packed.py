@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from langchain_stars.packing import free_cached
 from langchain_stars.prompts import PromptStore
 from langchain_stars.ragged_cache import RaggedCache, tree_mask
 
@@ -327,8 +328,7 @@ class PackedModel:
 
     def _backs_off(self) -> None:
         self.counters.backoffs += 1
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_cached(str(self._device))
 
     def _read(self, readings: Sequence[Reading]) -> list[list[Tensor]]:
         lane = self._lanes.setdefault(readings[0].lane, _Lane(self._num_layers))
