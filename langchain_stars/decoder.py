@@ -639,13 +639,12 @@ class Row:
                     return None, None
                 if not floor_holds(value, constraint.floor):
                     return None, constraint.name
+        elif policy.objective is None or bound != policy.objective.name:
+            return None, bound  # a constraint's, so that it is never kept
         answers = inquiry.answers(place)
         if len(answers) < len(inquiry.scorers):  # the others were spared
-            waits = (
-                policy.acceptance.on_exhausted in ("fallback", "best")
-                and policy.objective is not None
-                and bound == policy.objective.name
-                and all(leaf in known for leaf in self._leaves if leaf.scorer in answers)
+            waits = policy.acceptance.on_exhausted in ("fallback", "best") and all(
+                leaf in known for leaf in self._leaves if leaf.scorer in answers
             )
             return _Unfinished(number, text, candidate.num_drawn, answers) if waits else None, bound
         reward = self._reward(known)

@@ -713,6 +713,39 @@ def test_what_can_no_more_be_kept_is_asked_of_nobody() -> None:
     assert [part.num_asked for part in parts[1:]] == [report.num_attempts, 0]
 
 
+class Bounded(Part):
+    """Tells bounds of somebody's own, whatever they are worth."""
+
+    def __init__(self, name: str, function: Any, told: Callable[[], Any], **settings: Any) -> None:
+        super().__init__(name, function, **settings)
+        self._told = told
+
+    def bounds(self, values: Mapping[Leaf, float]) -> tuple[float, float]:
+        bounds: tuple[float, float] = self._told()
+        return bounds
+
+
+@pytest.mark.parametrize("told", [(math.nan, math.nan), (1.0,), None, ("a", "b"), (5.0, -5.0)])
+@pytest.mark.parametrize("on_exhausted", ["fallback", "best", "refuse"])
+def test_bounds_that_lie_let_nothing_through_and_reject_alike_whoever_is_asked(
+    on_exhausted: str, told: Any
+) -> None:
+    """The last of them rejects what would hold, and that is then never kept."""
+    replies = []
+    for lazy in (True, False):
+        parts = parts_of()
+        for name, function in (("harmless", harmless), ("most", most)):
+            parts[name] = Bounded(name, function, lambda: told)
+        guard = guard_of(parts, on_exhausted)
+        replies.append(transcripts(guard, range(30), lazy=lazy))
+        assert not any("cc" in text for text, _ in replies[-1])
+    assert replies[0] == replies[1]
+    if told == (5.0, -5.0):
+        assert {text for text, _ in replies[0]} == {REFUSAL}
+    else:
+        assert replies[0] == transcripts(guard_of(parts_of(), on_exhausted), range(30), lazy=True)
+
+
 def ask(*leaves: Leaf, texts: Sequence[str] = ("a", "b"), **settings: Any) -> Inquiry:
     one = inquiry(*leaves, texts=texts)
     return Inquiry(one.request, leaves, timeout=5.0, **settings)
