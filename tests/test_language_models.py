@@ -273,6 +273,27 @@ def test_a_model_that_disregards_position_ids_fails_the_check(
         load("bloom", drafts="ragged").load()
 
 
+def test_products_that_may_be_rounded_are_not_taken_for_another_way_of_computing(
+    load: Callable[..., LocalLanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where an application allows TF32: any two shapes differ by more than exact sums do."""
+    linear = torch.nn.functional.linear
+
+    def rounded(states: torch.Tensor, *weights: Any) -> torch.Tensor:
+        products = linear(states, *weights)
+        return products + 1e-4 * products.abs().amax() * (states.shape[-2] % 3)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", rounded)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert load(pack_weights=False).drafts == "ragged"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with pytest.raises(ValueError, match="`drafts` cannot be ragged"):
+        load(pack_weights=False, drafts="ragged", attention="sdpa").load()
+
+
 ROTARY = {
     "longrope": {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
     "dynamic": {"factor": 4.0},
