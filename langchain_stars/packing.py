@@ -297,6 +297,14 @@ def _packed(layer: nn.Module) -> PackedLinear | None:
 
 
 def share_weights(model: nn.Module) -> nn.Module:
-    """Return a model of the same tensors, whose layers can be replaced without touching `model`."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    """Return a model of the same weights, whose layers can be replaced without touching `model`.
+
+    Where `model` is moved or cast later, this one keeps what it has: recorded steps read it there.
+    """
+    shared: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor) is nn.Parameter:
+            shared[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=False)
+        else:  # of a kind of its own, such as quantised weights
+            shared[id(tensor)] = tensor
     return copy.deepcopy(model, shared)

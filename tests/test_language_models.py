@@ -1219,7 +1219,8 @@ def test_a_loaded_model_is_used_as_it_is(
     assert given.draw([request]) == read.draw([request])
     assert given.device == "cpu"
     own = given._loaded().network.model
-    assert own.model.embed_tokens.weight is model.model.embed_tokens.weight
+    weights = [each.model.embed_tokens.weight.data_ptr() for each in (own, model)]
+    assert weights[0] == weights[1]
     assert model.config._attn_implementation == "sdpa"
     with pytest.raises(ValueError, match="`tokenizer` must be given"):
         LocalLanguageModel(model)
@@ -1237,7 +1238,8 @@ def test_a_model_that_is_gone_leaves_nothing_to_one_at_its_address(
         )
         language_model = LocalLanguageModel(model, tokenizer=tokenizer)
         own = language_model._loaded().network.model
-        assert own.model.embed_tokens.weight is model.model.embed_tokens.weight
+        weights = [each.model.embed_tokens.weight.data_ptr() for each in (own, model)]
+    assert weights[0] == weights[1]
         sharing = LocalLanguageModel(model, tokenizer=tokenizer)
         assert sharing._loaded().network.model is own
         assert len(_REGISTRY) == before + 1
@@ -1276,6 +1278,23 @@ def test_what_is_unloaded_while_it_is_loaded_is_unloaded(
     assert other._loaded().network.model is language_model._loaded().network.model
     other.unload()
     assert language_model._drafter is None
+
+
+def test_a_given_model_may_be_cast_or_moved_later() -> None:
+    """What has been recorded on a GPU reads the weights where they were."""
+    tokenizer = make_tokenizer()
+    model = make_model("llama", tokenizer, tie_word_embeddings=True)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    language_model = LocalLanguageModel(model, tokenizer=tokenizer, pack_weights=False)
+    request = ask(Prefix(range(20, 40)))
+    before = language_model.draw([request])
+    ours = language_model._loaded().network.model
+    assert ours.model.layers[0].mlp.up_proj.weight.data_ptr() == weight.data_ptr()
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    model.to(torch.bfloat16)
+    assert weight.dtype == torch.bfloat16
+    assert weight.requires_grad
+    assert language_model.draw([request]) == before
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
