@@ -170,7 +170,6 @@ class Inquiry:
     Attributes:
         request: The candidates.
         leaves: The readings wanted.
-        num_failures: Calls that failed, those for several candidates among them.
     """
 
     def __init__(
@@ -187,7 +186,6 @@ class Inquiry:
     ) -> None:
         self.request = request
         self.leaves = tuple(leaves)
-        self.num_failures = 0
         self._in_turn = in_turn
         self._timeout = timeout
         self._rejects = rejects
@@ -390,7 +388,6 @@ class _Call:
             else:
                 return False
             if answers is None:
-                self._inquiry.num_failures += 1
                 _log.warning("reward %s failed: %s", _name(self._scorer), failure)
             if not self._alone:
                 if answers is not None:
@@ -514,7 +511,6 @@ def _ask_on_device(scorer: Scorer, parts: Sequence[_Part]) -> None:
         for candidate in part.request.candidates:
             of_one, failure = _ask_one(scorer, replace(part.request, candidates=(candidate,)))
             if of_one is None:
-                part.inquiry.num_failures += 1
                 _log.warning("reward %s failed: %s", _name(scorer), failure)
             alone.append(of_one[0] if of_one is not None else None)
         part.answered(scorer, alone)
