@@ -1955,7 +1955,8 @@ def broken_token(keeping: SequenceClassifier, tokenizer: Any) -> Any:
 
     embedding.fill_(math.nan)
     heal.token = token  # type: ignore[attr-defined]
-    return heal
+    yield heal
+    heal()  # others may share the model
 
 
 def test_a_candidate_without_finite_logits_leaves_no_trace(
@@ -2062,6 +2063,83 @@ def test_a_reading_that_fails_leaves_nothing_that_is_not_finite_to_the_next_repl
     one = first_request(shared_subject(tokenizer, "Hello", system="Be brief."), replies)
     one = dataclasses.replace(one, candidates=one.candidates[:1])
     assert worst_difference(twin, [one, first], keeping.score([one, first])) < TOLERANCE
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_breaks_on_the_way_the_scores_are_those_of_the_plain_model(
+    seed: int, make_folder: Callable[..., Path], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory ends, passes raise, candidates and prompts break the model, replies come and leave."""
+    rng = random.Random(seed)
+    folder = make_folder("llama", num_labels=1, seed=60)  # nobody else's
+    scorer = SequenceClassifier(folder, prompt_bytes=60_000, max_tokens=rng.choice([16, 64, 4096]))
+    scorer.load()
+    assert scorer._loaded is not None
+    (broken,) = tokenizer("?")["input_ids"]
+    scorer._loaded.model.get_input_embeddings().weight[broken] = math.nan
+    twin, replies, reader = Twin(folder), Replies(tokenizer, 0, seed=seed), packed_of(scorer)
+    rate = 0.0
+
+    def failing(function: Any, *errors: Exception) -> Any:
+        def fails(*arguments: Any, **keywords: Any) -> Any:
+            if rng.random() < rate:
+                raise rng.choice(errors)
+            return function(*arguments, **keywords)
+
+        return fails
+
+    memory = torch.OutOfMemoryError("made by the test")
+    other = ValueError("made by the test")
+    monkeypatch.setattr(reader, "_body", failing(reader._body, memory, other))
+    monkeypatch.setattr(RaggedCache, "resize", failing(RaggedCache.resize, memory))
+    num_compared = num_broken = num_failed = 0
+    for step in range(40):
+        rate = rng.choice([0.0, 0.2])
+        while len(replies.subjects) < 4:
+            turn = rng.choice(["Hello there", "Could you bake", "Hello you, fox", "Hello ?"])
+            replies.subjects.append(
+                shared_subject(
+                    tokenizer,
+                    turn,
+                    partition=rng.choice(["one", "two", ""]),
+                    lane=rng.choice(["one", "two"]),
+                    system=rng.choice([SYSTEM, SYSTEM[:-20], "Be brief."]),
+                )
+            )
+            replies.accepted.append(())
+        asked = replies.requests()
+        if step % 2:
+            first, *others = asked[0].candidates
+            first = replies.completion((*(first.token_ids or ()), broken))
+            asked[0] = dataclasses.replace(asked[0], candidates=(*others, first))
+        try:
+            answers = scorer.score(asked)
+        except (torch.OutOfMemoryError, ValueError):
+            num_failed += 1
+            continue
+        for request, of_request in zip(asked, answers, strict=True):
+            for candidate, raw in zip(request.candidates, of_request, strict=True):
+                ids = twin.ids(request.subject, candidate)
+                if broken in ids:
+                    assert math.isnan(raw[0])
+                    num_broken += 1
+                else:
+                    assert (twin.logits(ids) - torch.tensor(raw)).abs().max() < TOLERANCE
+                    num_compared += 1
+        if not step % 2:
+            replies.choose(asked)
+        if rng.random() < 0.6:
+            gone = rng.randrange(4)
+            scorer.release(replies.subjects.pop(gone))
+            del replies.accepted[gone]
+        states = [state for of_one in reader.prompts._entries.values() for state in of_one]
+        assert all(bool(state.isfinite().all()) for state in states)
+        assert reader.prompts.num_bytes == sum(state.nbytes for state in states) <= 60_000
+    assert min(num_compared, num_broken, num_failed) > 5
+    assert min(scorer.counters.reused_tokens, scorer.counters.backoffs) > 0
+    for subject in replies.subjects:
+        scorer.release(subject)
+    assert reader.num_rows == reader.num_bytes == 0
 
 
 def test_a_prompt_without_finite_logits_is_never_stored(
