@@ -1239,7 +1239,7 @@ def test_a_model_that_is_gone_leaves_nothing_to_one_at_its_address(
         language_model = LocalLanguageModel(model, tokenizer=tokenizer)
         own = language_model._loaded().network.model
         weights = [each.model.embed_tokens.weight.data_ptr() for each in (own, model)]
-    assert weights[0] == weights[1]
+        assert weights[0] == weights[1]
         sharing = LocalLanguageModel(model, tokenizer=tokenizer)
         assert sharing._loaded().network.model is own
         assert len(_REGISTRY) == before + 1
