@@ -256,7 +256,9 @@ class LocalLanguageModel(LanguageModel):
             `"auto"` is `"graphs"` on one CUDA device and `"eager"` elsewhere. Where memory ends, or
             a model cannot be recorded or compiled, its steps become eager, with a warning.
         chat_template: Used instead of the tokenizer's.
-        context_length: Most tokens of prompt and reply; None takes the model's own limit.
+        context_length: Most tokens of prompt and reply; None takes the model's own limit. A model
+            whose rotary positions change beyond some length, for a whole batch at once (longrope),
+            drafts fast up to that one.
         drafted_control_tokens: Control tokens that may be drafted all the same, such as one that
             begins a tool call.
         settings: More arguments of `from_pretrained`, such as `quantization_config`.
