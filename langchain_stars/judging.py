@@ -95,8 +95,12 @@ class Workers:
             and busy < self.max_workers
             and self._num_threads < self.max_threads
         ):
-            self._num_threads += 1
-            threading.Thread(target=self._work, name="stars-reward", daemon=True).start()
+            try:
+                threading.Thread(target=self._work, name="stars-reward", daemon=True).start()
+            except RuntimeError as error:  # the machine has none left: tasks wait for the others
+                _log.warning("no thread for rewards: %s", type(error).__name__)
+            else:
+                self._num_threads += 1
 
     def _work(self) -> None:
         while (task := self._next()) is not None:

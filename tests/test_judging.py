@@ -233,6 +233,29 @@ def test_a_call_that_finds_no_worker_for_long_is_late(monkeypatch: pytest.Monkey
     release.set()
 
 
+def test_where_no_thread_can_be_had_calls_wait_for_one_or_are_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("langchain_stars.judging._IDLE_SECONDS", 0.05)
+    workers, start = Workers(), threading.Thread.start
+
+    def exhausted(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def asked(timeout: float = 5.0) -> Inquiry:
+        return inquiry(Asked(lambda texts: [1.0]), texts=("a",), timeout=timeout)
+
+    monkeypatch.setattr(threading.Thread, "start", exhausted)
+    late = asked(0.05)
+    settle(late, workers=workers)
+    assert late.values(0) is None
+    waiting = asked()
+    waiting.begin(workers, lambda: None)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    settle(waiting, asked(), workers=workers)
+    assert waiting.values(0) is not None
+
+
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError])
 @pytest.mark.parametrize("on_device", [True, False])
 def test_whatever_a_reward_raises_only_rejects(error: type[BaseException], on_device: bool) -> None:
