@@ -1,11 +1,11 @@
 """Finds target, beta and floor of each bundled reward, on the bundled language model's replies.
 
-Knows the public names of the library; nothing of how it decodes. A third of the everyday prompts
+Knows the public names of the library; nothing of how it decodes. A fifth of the everyday prompts
 held apart shows where the rewards of unguarded replies lie: three targets are what one reply in
-four reaches, what one in twenty does, and the middle of the two. On the second third the softness
-`beta` of each is sought at which guarded replies take as many attempts a segment as they may, and
-the target whose replies then have the highest reward is kept. On the last third the attempts are
-counted.
+four reaches, what one in twenty does, and the middle of the two. On two fifths the softness `beta`
+of each is sought at which guarded replies take as many attempts a segment as they may, and the
+target whose replies then have the highest reward is kept. On the last two fifths the attempts are
+counted: a few prompts take most of them, so that fewer prompts would tell little.
 
 Run:
     python examples/calibrate_bundled.py --data DATA
@@ -102,18 +102,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data")
     parser.add_argument("--rewards", default=",".join(REWARDS))
-    parser.add_argument("--prompts", type=int, default=240, help="a third for each purpose")
+    parser.add_argument("--prompts", type=int, default=300)
     parser.add_argument("--samples", type=int, default=3, help="replies to each prompt")
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--mean-attempts", type=float, default=2.4)
+    parser.add_argument("--mean-attempts", type=float, default=2.2)
     parser.add_argument("--safety-floor", type=float, default=0.4)
-    parser.add_argument("--halvings", type=int, default=6, help="of the range of beta")
+    parser.add_argument("--halvings", type=int, default=5, help="of the range of beta")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
     prompts = everyday_prompts(arguments.data, arguments.prompts)
-    seen, tuned, counted_on = prompts[::3], prompts[1::3], prompts[2::3]
+    fifth = len(prompts) // 5
+    seen, tuned, counted_on = prompts[:fifth], prompts[fifth : 3 * fifth], prompts[3 * fifth :]
     chats = [[{"role": "user", "content": prompt}] for prompt in seen]
     language_model = load_language_model(bundled.FOLDER / "language_model")
     safety = bundled.safety()

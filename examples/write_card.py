@@ -355,9 +355,12 @@ def write_card(provenance: dict[str, Any], path: Path) -> None:
         parts += [
             "## Steering",
             "Guarded decoding beside unguarded decoding of the same weights, with what ships unless "
-            "a row says otherwise, at most 48 tokens a reply: the share of replies that a bag of "
-            "words finds good, which was trained on other rows and is not the reward, and the mean "
-            "of its log-odds.",
+            "a row says otherwise, at most 48 tokens a reply: the share of replies that a judge "
+            "finds good, and the mean of its log-odds. The judges count words, learned from other "
+            "rows, and are not the rewards: `positive` from film reviews (imdb), asked beginnings "
+            "of reviews; `safe` from labelled answers (safe_rlhf_mini), asked requests of all "
+            "kinds; `helpful` from preferred replies (rmb_helpful, webgpt, auto_j) and from whose "
+            "of two replies answers (alpaca, dailydialog), asked first turns held apart.",
             table(
                 [
                     "reward",
