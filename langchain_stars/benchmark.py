@@ -780,7 +780,7 @@ class Bench:
         )
         length = self.scale.prompt + self.scale.tokens
         settings = ContinuousBatchingConfig(
-            block_size=16, num_blocks=max(64, replies * (length // 16 + 2))
+            page_size=16, num_blocks=max(64, replies * (length // 16 + 2))
         )
 
         def side(pair: int) -> Sample:
