@@ -711,6 +711,21 @@ def test_recomputed_scores_equal_plain_ones(
         replies.choose(asked)
 
 
+def test_no_score_depends_on_how_long_another_text_is(
+    make_folder: Callable[..., Path], tokenizer: Any
+) -> None:
+    """Some rotary positions change their frequencies by the longest text of a batch."""
+    rotary = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    folder = make_folder("llama", num_labels=1, seed=3, rope_parameters=rotary | factors)
+    scorer, replies = SequenceClassifier(folder), Replies(tokenizer, 2)
+    short, long = replies.requests()
+    long = dataclasses.replace(long, subject=Subject([{"role": "user", "content": "a b " * 100}]))
+    alone = scorer.score([short])
+    assert scorer.score([short, long])[:1] == alone
+    assert not isinstance(scorer._runner, classifiers._KeepingRunner)
+
+
 @pytest.fixture
 def keeping(reward_folder: Path) -> SequenceClassifier:
     """A scorer of its own of the one-label Llama."""

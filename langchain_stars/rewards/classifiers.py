@@ -826,17 +826,21 @@ def _encodes(model: Any) -> bool:
 
 def _may_keep(config: Any) -> bool:
     """Return whether a family keeps KV as we do, and its settings do not speak against it."""
+    return (
+        config.model_type in _KEEPING
+        and not _stretches(config)
+        and not getattr(config, "use_bidirectional_attention", False)
+        and set(_windows_of(config)) <= {"", "full_attention", "sliding_attention"}
+    )
+
+
+def _stretches(config: Any) -> bool:
+    """Return whether positions depend on the length of the longest text of a batch."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {str(rope.get("rope_type", ""))} | {
         str(of_kind.get("rope_type", "")) for of_kind in rope.values() if isinstance(of_kind, dict)
     }
-    return (
-        config.model_type in _KEEPING
-        # Positions of these depend on the length of the whole text.
-        and not kinds & {"dynamic", "longrope"}
-        and not getattr(config, "use_bidirectional_attention", False)
-        and set(_windows_of(config)) <= {"", "full_attention", "sliding_attention"}
-    )
+    return bool(kinds & {"dynamic", "longrope"})
 
 
 def _windows_of(config: Any) -> dict[str, int | None]:
@@ -1215,7 +1219,7 @@ class _Runner:
         self._num_labels = int(loaded.model.config.num_labels)
         self._prompts: weakref.WeakKeyDictionary[Subject, _Prompt] = weakref.WeakKeyDictionary()
         self.counters = Counters()
-        self._alone = not self._batches()
+        self._alone = _stretches(loaded.model.config) or not self._batches()
 
     def release(self, subject: Subject) -> None:
         """Drop what is kept of a reply."""
