@@ -217,10 +217,6 @@ class Acceptance:
         """
         return threshold + self.beta * math.log(u) if self.beta else threshold
 
-    def accepts(self, reward: float, threshold: float, u: float) -> bool:
-        """Return whether the objective accepts; NaN never is."""
-        return reward >= self.bar(threshold, u)
-
     def choose_from_pool(self, rewards: Sequence[float], u: float) -> int:
         """Return the index of the attempt taken when none was accepted.
 
@@ -239,11 +235,6 @@ class Acceptance:
             if left <= 0 and weight > 0:
                 return index
         return max(index for index, weight in enumerate(weights) if weight > 0)
-
-
-def floor_holds(reward: float, floor: float) -> bool:
-    """Return whether a constraint holds; NaN never does."""
-    return reward >= floor
 
 
 def expected_accepted(probability: float, count: int) -> float:

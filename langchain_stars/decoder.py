@@ -19,7 +19,7 @@ from functools import partial
 from itertools import pairwise, takewhile
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from langchain_stars.acceptance import Acceptance, expected_accepted, floor_holds
+from langchain_stars.acceptance import Acceptance, expected_accepted
 from langchain_stars.judging import MAX_FAILURES_IN_A_ROW, Inquiry, Workers, judging
 from langchain_stars.language_models.base import (
     Candidate,
@@ -637,7 +637,7 @@ class Row:
                 value = combine(constraint.reward, known)
                 if value is None:
                     return None, None
-                if not floor_holds(value, constraint.floor):
+                if not constraint.holds(value):
                     return None, constraint.name
         elif policy.objective is None or bound != policy.objective.name:
             return None, bound  # a constraint's, so that it is never kept
@@ -664,7 +664,7 @@ class Row:
             return None
         for constraint in policy.constraints:
             value = combine(constraint.reward, known)
-            if value is None or not floor_holds(value, constraint.floor):
+            if value is None or not constraint.holds(value):
                 return None
         return 0.0 if policy.objective is None else combine(policy.objective, known)
 
