@@ -36,6 +36,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from langchain_stars.language_models import Sampling
+
 transformers_logging.disable_progress_bar()
 
 # pytest-socket guards the tests; this guards what test modules do while they are imported.
@@ -51,6 +53,13 @@ SENTENCES = (
     "The weather was awful yesterday, but today it is wonderful!",
     "No, I cannot help with that. Is there anything else?",
     'She said: "It costs 25 euros, or 30 with the train ticket."',
+)
+SAMPLINGS = (
+    Sampling(),
+    Sampling(temperature=0.7, top_p=0.9),
+    Sampling(temperature=1.5, top_k=20, repetition_penalty=1.3),
+    Sampling(temperature=0.0),
+    Sampling(min_p=0.05, repetition_penalty=0.8),
 )
 OTHER_SENTENCES = (
     "La casa es grande y el perro es bueno; mañana lloverá.",

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import SAMPLINGS, make_model, make_tokenizer
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from transformers import (
     AutoConfig,
@@ -56,13 +56,6 @@ FolderMaker = Callable[..., Path]
 
 RAGGED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt2", "opt")
 SNAPSHOT = ("mamba", "qwen3_next", "bloom")
-SAMPLINGS = (
-    Sampling(),
-    Sampling(temperature=0.7, top_p=0.9),
-    Sampling(temperature=1.5, top_k=20, repetition_penalty=1.3),
-    Sampling(temperature=0.0),
-    Sampling(min_p=0.05, repetition_penalty=0.8),
-)
 
 
 # The slow twin

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SAMPLINGS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from langchain_stars.language_models import (
@@ -35,14 +36,6 @@ from langchain_stars.ragged_cache import packed_sdpa
 
 FolderMaker = Callable[..., Path]
 Loader = Callable[..., LocalLanguageModel]
-
-SAMPLINGS = (
-    Sampling(),
-    Sampling(temperature=0.7, top_p=0.9),
-    Sampling(temperature=1.5, top_k=20, repetition_penalty=1.3),
-    Sampling(temperature=0.0),
-    Sampling(min_p=0.05, repetition_penalty=0.8),
-)
 # What makes the host wait for the device, or brings it something that only the host knows.
 ASKS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "lift_fresh"}
 
