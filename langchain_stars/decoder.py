@@ -39,6 +39,7 @@ from langchain_stars.rewards.base import (
     ScoreRequest,
     Subject,
     digest,
+    reason_of,
 )
 from langchain_stars.text import Text
 
@@ -1086,7 +1087,7 @@ def combine(reward: Reward, values: dict[Leaf, float]) -> float | None:
     try:
         value = float(reward.combine(values))
     except Exception as error:  # a reward of somebody else's may fail in any way
-        _log.warning("reward %s failed: %s", reward.name, type(error).__name__)
+        _log.warning("reward %s failed: %s", reward.name, reason_of(error))
         return None
     return value if math.isfinite(value) else None
 
@@ -1096,5 +1097,5 @@ def greatest(reward: Reward, known: Mapping[Leaf, float]) -> float:
     try:
         return float(reward.bounds(known)[1])
     except Exception as error:  # as above
-        _log.warning("bounds of %s failed: %s", reward.name, type(error).__name__)
+        _log.warning("bounds of %s failed: %s", reward.name, reason_of(error))
         return math.nan

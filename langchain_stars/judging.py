@@ -17,10 +17,12 @@ from typing import TypeAlias
 
 from langchain_stars.rewards.base import (
     Leaf,
+    NamedRewardError,
     Raw,
     RewardError,
     Scorer,
     ScoreRequest,
+    reason_of,
     within,
 )
 
@@ -73,7 +75,9 @@ class Workers:
         """Have a thread run `task`; raise RewardError where too many calls hang."""
         with self._changed:
             if self._hung[task.scorer] >= self.max_hung or self.num_hung >= self.max_threads:
-                raise RewardError(f"{self.num_hung} calls of rewards hang; no further one is begun")
+                raise NamedRewardError(
+                    f"{self.num_hung} calls of rewards hang; no further one is begun"
+                )
             self._tasks.append(task)
             self._changed.notify()
             self._add_thread()
@@ -98,7 +102,7 @@ class Workers:
             try:
                 threading.Thread(target=self._work, name="stars-reward", daemon=True).start()
             except RuntimeError as error:  # the machine has none left: tasks wait for the others
-                _log.warning("no thread for rewards: %s", type(error).__name__)
+                _log.warning("no thread for rewards: %s", reason_of(error))
             else:
                 self._num_threads += 1
 
@@ -309,7 +313,7 @@ def _read(leaf: Leaf, raw: Raw) -> float | None:
     try:
         value = within(float(leaf.read(raw)), leaf.range)
     except Exception as error:  # a reading of hostile numbers may fail in any way
-        _log.warning("reward %s failed: %s", leaf.name, type(error).__name__)
+        _log.warning("reward %s failed: %s", leaf.name, reason_of(error))
         return None
     return value if math.isfinite(value) else None
 
@@ -368,7 +372,7 @@ class _Call:
         try:
             self._workers.submit(self._task)
         except RewardError as error:
-            self._task.failure = type(error).__name__
+            self._task.failure = reason_of(error)
             self._task.done = True
 
     def poll(self) -> bool:
@@ -501,11 +505,11 @@ def _ask_on_device(scorer: Scorer, parts: Sequence[_Part]) -> None:
     try:
         answers = scorer.score([part.request for part in parts])
         if len(answers) != len(parts):
-            raise RewardError(f"answered {len(answers)} of {len(parts)} requests")
+            raise NamedRewardError(f"answered {len(answers)} of {len(parts)} requests")
         for part, of_request in zip(parts, answers, strict=True):
             _check_count(len(of_request), part.request)
     except BaseException as error:  # whatever it raises, the engine's thread goes on
-        _log.warning("reward %s failed: %s", _name(scorer), type(error).__name__)
+        _log.warning("reward %s failed: %s", _name(scorer), reason_of(error))
     else:
         for part, of_request in zip(parts, answers, strict=True):
             part.answered(scorer, of_request)
@@ -529,12 +533,12 @@ def _ask_one(scorer: Scorer, request: ScoreRequest) -> tuple[list[Raw] | None, s
         _check_count(len(answers[0]), request)
         return list(answers[0]), ""
     except BaseException as error:  # a worker must survive whatever a callable raises
-        return None, type(error).__name__
+        return None, reason_of(error)
 
 
 def _check_count(count: int, request: ScoreRequest) -> None:
     if count != len(request.candidates):
-        raise RewardError(f"answered {count} of {len(request.candidates)} candidates")
+        raise NamedRewardError(f"answered {count} of {len(request.candidates)} candidates")
 
 
 def _name(scorer: Scorer) -> str:

@@ -26,9 +26,9 @@ from langchain_stars.randomness import drafting_uniforms
 from langchain_stars.rewards.base import (
     Completion,
     Leaf,
+    NamedRewardError,
     Raw,
     Reward,
-    RewardError,
     Scorer,
     ScoreRequest,
     Subject,
@@ -294,7 +294,7 @@ class _TableScorer(Scorer):
             return self._table(completion.text)
         value = self._table.get(completion.text, self._default)
         if value is None:
-            raise RewardError(f"the table of {self._name} does not hold this text")
+            raise NamedRewardError(f"the table of {self._name} does not hold this text")
         return value
 
 

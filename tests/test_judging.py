@@ -40,6 +40,7 @@ from langchain_stars.rewards.base import (
     Leaf,
     Raw,
     Reward,
+    RewardError,
     Scorer,
     ScoreRequest,
     Subject,
@@ -137,6 +138,27 @@ def test_a_failing_reward_is_logged_by_name_and_type_and_without_words(
     settle(inquiry(Asked(function), texts=("secret",)), workers=Workers())
     assert "asked" in caplog.text
     assert "ValueError" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_the_log_tells_where_a_function_failed(caplog: pytest.LogCaptureFixture) -> None:
+    def judge(completions: list[str]) -> list[float]:
+        return [float(completions["secret"]) for _ in completions]  # type: ignore[call-overload]
+
+    settle(inquiry(as_reward(judge), texts=("secret",)), workers=Workers())
+    assert "reward judge failed: raised TypeError in <listcomp>, line" in caplog.text
+    assert "of test_judging.py" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_the_words_of_somebody_elses_reward_error_are_not_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def function(texts: list[str]) -> list[float]:
+        raise RewardError("-".join(texts))
+
+    settle(inquiry(Asked(function), texts=("secret",)), workers=Workers())
+    assert "failed: RewardError" in caplog.text
     assert "secret" not in caplog.text
 
 

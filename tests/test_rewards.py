@@ -360,7 +360,8 @@ def test_the_error_of_a_failing_function_holds_nothing_of_what_was_judged() -> N
         raise KeyError(completions[0][0]["content"])
 
     asked = request("a secret")
-    with pytest.raises(RewardError, match="'failing': raised KeyError") as caught:
+    where = r"'failing': raised KeyError in failing, line \d+ of test_rewards.py"
+    with pytest.raises(RewardError, match=where) as caught:
         as_reward(failing).scorer.score([asked])
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None

@@ -29,6 +29,26 @@ class RewardError(RuntimeError):
     """
 
 
+class NamedRewardError(RewardError):
+    """A `RewardError` of this package's own making, whose reason may be logged.
+
+    Anybody can raise a `RewardError` with anybody's words in it; of those the type alone is told.
+
+    Attributes:
+        reason: What failed, in names, counts and types.
+    """
+
+    def __init__(self, reason: str, *, reward: str | None = None) -> None:
+        """Keep the reason; the message also has the name of the reward, if one is given."""
+        super().__init__(reason if reward is None else f"reward {reward!r}: {reason}")
+        self.reason = reason
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what may be logged of an error that judging raised: a reason without words, or a type."""
+    return error.reason if isinstance(error, NamedRewardError) else type(error).__name__
+
+
 class Subject:
     """The reply that is judged: one object a reply, compared by identity.
 

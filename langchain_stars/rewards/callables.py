@@ -11,12 +11,20 @@ import math
 import numbers
 import os
 import threading
+import traceback
 import uuid
 import weakref
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-from langchain_stars.rewards.base import Leaf, Raw, RewardError, Scorer, ScoreRequest, within
+from langchain_stars.rewards.base import (
+    Leaf,
+    NamedRewardError,
+    Raw,
+    Scorer,
+    ScoreRequest,
+    within,
+)
 from langchain_stars.templates import text_of
 
 _KEYWORDS = ("prompts", "completions", "completion_ids", "finished")
@@ -208,14 +216,14 @@ class FunctionScorer(Scorer):
                 answer = self._loop.run(_awaited(answer))
             values = _values(answer)
         except Exception as error:
-            failure = _describe(error)
+            failure = _describe(error, self._function)
         # Raised here, not there, so that it has no context that holds what was judged.
         if failure:
-            raise RewardError(f"reward {self.name!r}: {failure}")
+            raise NamedRewardError(failure, reward=self.name)
         if len(values) != len(candidates):
-            raise RewardError(
-                f"reward {self.name!r}: returned {len(values)} rewards "
-                f"for {len(candidates)} completions"
+            raise NamedRewardError(
+                f"returned {len(values)} rewards for {len(candidates)} completions",
+                reward=self.name,
             )
         return [(value,) for value in values]
 
@@ -224,8 +232,19 @@ class _NotNumbers(TypeError):
     """What was returned is no list of numbers; says of which type it is."""
 
 
-def _describe(error: Exception) -> str:
-    return str(error) if isinstance(error, _NotNumbers) else f"raised {type(error).__name__}"
+def _describe(error: Exception, function: Callable[..., Any]) -> str:
+    """Return what went wrong and where, without the words that an error may carry."""
+    if isinstance(error, _NotNumbers):
+        return str(error)
+    told = f"raised {type(error).__name__}"
+    frames = [(f.f_code, line) for f, line in traceback.walk_tb(error.__traceback__)]
+    called = getattr(inspect.unwrap(function), "__code__", None)
+    # The last line of the function's own file: what it called there is seldom to blame.
+    own = [f for f in frames if called is not None and f[0].co_filename == called.co_filename]
+    if not own:
+        return told
+    code, line = own[-1]
+    return f"{told} in {code.co_name}, line {line} of {os.path.basename(code.co_filename)}"
 
 
 def _values(answer: Any) -> list[float]:

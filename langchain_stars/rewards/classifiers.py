@@ -43,8 +43,8 @@ from langchain_stars.rewards.base import (
     Chat,
     Completion,
     Leaf,
+    NamedRewardError,
     Raw,
-    RewardError,
     Scorer,
     ScoreRequest,
     Subject,
@@ -1068,7 +1068,7 @@ class _Writer:
                 failure = type(error).__name__
                 continue
             return _Prompt((), (*ids, *self._header), (), self._space + before)
-        raise RewardError(f"the chat template failed on {len(chat)} messages: {failure}")
+        raise NamedRewardError(f"the chat template failed on {len(chat)} messages: {failure}")
 
     def replies(
         self, subjects: Sequence[tuple[str, _Prompt]], completions: Sequence[Completion]
