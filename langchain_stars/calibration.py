@@ -141,7 +141,7 @@ def calibrate(
     *,
     mean_attempts: float = 2.0,
     beta: float | None = None,
-    alpha: float = 0.5,
+    alpha: float | None = None,
     horizon: int | None = None,
     segment_size: int = 16,
     max_tokens: int = 128,
@@ -160,7 +160,8 @@ def calibrate(
         mean_attempts: Attempts a segment, above 1: what the guard may cost.
         beta: Softness, in reward units, at least 0; a quarter of what the replies to one prompt
             differ by if not given.
-        alpha: Start of the linear schedule, from 0 (prompt's reward) to 1 (target).
+        alpha: Start of the linear schedule, from 0 (prompt's reward) to 1 (target); the reward's
+            own if not given, else 0.5.
         horizon: Tokens from which the target is asked; the smaller of `max_tokens` and 128 if
             not given.
         segment_size: Tokens of a segment, at least 1.
@@ -183,6 +184,8 @@ def calibrate(
         if not holds:
             raise ValueError(f"`{name}` must {requirement}, got {value}")
     horizon = min(max_tokens, 128) if horizon is None else horizon
+    if alpha is None:
+        alpha = 0.5 if reward.alpha is None else reward.alpha
     accept_all = Policy(
         objective=reward,
         acceptance=Acceptance(

@@ -146,7 +146,8 @@ class ChatStars(BaseChatModel):
         constraints: What must hold always, as in `[safety() >= 0.8]`.
         target: Reward asked of a whole reply, in reward units; if not given, the reward's own.
             `langchain-stars calibrate` measures one.
-        alpha: Where the threshold starts, from 0 (the prompt's reward) to 1 (`target`).
+        alpha: Where the threshold starts, from 0 (the prompt's reward) to 1 (`target`); the
+            reward's own if not given, else 0.5.
         beta: Softness of acceptance, in reward units, at least 0; 0 is a hard cut. If not given,
             the reward's own, or 0 where it has none.
         horizon: Tokens, at least 1, from which `target` itself is asked; if not given, the
@@ -196,7 +197,7 @@ class ChatStars(BaseChatModel):
         default_factory=list, exclude=True, repr=False
     )
     target: float | None = None
-    alpha: float = 0.5
+    alpha: float | None = None
     beta: float | None = None
     horizon: int | None = None
     schedule: Any = Field(default=None, exclude=True, repr=False)
@@ -439,7 +440,11 @@ class ChatStars(BaseChatModel):
                 "a good reply has. Give `target=...`, or measure one with `langchain-stars "
                 "calibrate`"
             )
-        return Linear(target=target, alpha=self.alpha, horizon=self._guard_setting("horizon"))
+        return Linear(
+            target=target,
+            alpha=self._guard_setting("alpha"),
+            horizon=self._guard_setting("horizon"),
+        )
 
     def _guard_setting(self, name: str) -> Any:
         """Return a setting of the guard as it holds, where it is not given itself too."""
@@ -453,6 +458,9 @@ class ChatStars(BaseChatModel):
         if name == "beta":
             own = self.reward.beta if self.reward is not None else None
             return 0.0 if own is None else own
+        if name == "alpha":
+            own = self.reward.alpha if self.reward is not None else None
+            return 0.5 if own is None else own
         return None
 
     def _language_model(self) -> LanguageModel:

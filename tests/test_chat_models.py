@@ -740,6 +740,18 @@ def test_settings_of_acceptance_are_the_rewards_own_where_not_given() -> None:
     assert unknown.acceptance.beta == 0.0
 
 
+def test_thresholds_start_where_the_caller_says_or_else_the_reward() -> None:
+    def brief(completions: list[Any], **_: Any) -> list[float]:
+        return [-float(len(completion[0]["content"])) for completion in completions]
+
+    for own, given, expected in ((None, None, 0.5), (1.0, None, 1.0), (1.0, 0.2, 0.2)):
+        policy = guarded(reward=as_reward(brief, target=-5.0, alpha=own), alpha=given)._policy()
+        assert policy is not None
+        assert policy.acceptance.schedule.alpha == expected  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="alpha"):
+        guarded(reward=as_reward(brief, target=-5.0, alpha=1.0)).invoke("hi", alpha=0.5)
+
+
 def test_a_ceiling_bounds_the_candidates_drafted_at_once() -> None:
     widest = 0
 

@@ -7,7 +7,7 @@ which one part is not a number is itself not a number, so that it rejects.
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,6 +96,11 @@ class WeightedSum(Reward):
         known = [weight * beta for weight, beta in betas if beta is not None]
         return math.hypot(*known) if betas and len(known) == len(betas) else None
 
+    @property
+    def alpha(self) -> float | None:
+        """The greatest of those that are known, which asks the most of the first segments."""
+        return _greatest_alpha([part for _, part in self.terms])
+
 
 @dataclass(frozen=True, eq=False, repr=False, slots=True)
 class Extremum(Reward):
@@ -151,6 +156,11 @@ class Extremum(Reward):
         betas = [part.beta for part in self.parts if part.leaves]
         known = [beta for beta in betas if beta is not None]
         return min(known) if known and len(known) == len(betas) else None
+
+    @property
+    def alpha(self) -> float | None:
+        """The greatest of those that are known, which asks the most of the first segments."""
+        return _greatest_alpha(self.parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -340,6 +350,10 @@ def _sum(weights: Mapping[Reward, float], constant: float) -> Reward:
     if len(terms) == 1 and terms[0][0] == 1.0 and constant == 0.0:
         return terms[0][1]
     return WeightedSum(terms, constant)
+
+
+def _greatest_alpha(parts: Sequence[Reward]) -> float | None:
+    return max((part.alpha for part in parts if part.alpha is not None), default=None)
 
 
 def _leaves(parts: Iterable[Reward]) -> tuple[Leaf, ...]:

@@ -203,6 +203,15 @@ class Reward(ABC):
         return None
 
     @property
+    def alpha(self) -> float | None:
+        """Where thresholds should start, from 0 (the prompt's reward) to 1 (the target), if known.
+
+        1 where the reward of the empty reply is not a beginning of the reply's: a reward that
+        answers there for the request would ask less of replies to bad requests.
+        """
+        return None
+
+    @property
     def floor(self) -> float | None:
         """The least reward of an acceptable reply, where it is known."""
         return None

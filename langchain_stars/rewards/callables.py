@@ -38,6 +38,7 @@ def as_reward(
     range: tuple[float, float] | None = None,
     target: float | None = None,
     beta: float | None = None,
+    alpha: float | None = None,
     floor: float | None = None,
 ) -> "FunctionReward":
     """Wrap a function as a reward, so that it can be written with: `helpful + 0.5 * brief`.
@@ -63,6 +64,8 @@ def as_reward(
             before a slower reward has answered.
         target: The reward of a good reply.
         beta: The softness of acceptance that suits its scale, at least 0.
+        alpha: Where thresholds should start, from 0 (the prompt's reward) to 1 (`target`); 1 where
+            the reward of the empty reply is none of the reply's.
         floor: The least reward of an acceptable reply.
 
     Raises:
@@ -74,6 +77,7 @@ def as_reward(
         range=range,
         target=target,
         beta=beta,
+        alpha=alpha,
         floor=floor,
     )
 
@@ -92,6 +96,7 @@ class FunctionReward(Leaf):
         range: tuple[float, float] | None = None,
         target: float | None = None,
         beta: float | None = None,
+        alpha: float | None = None,
         floor: float | None = None,
     ) -> None:
         low, high = (-math.inf, math.inf) if range is None else range
@@ -102,11 +107,14 @@ class FunctionReward(Leaf):
                 raise ValueError(f"`{argument}` must be finite, got {value}")
         if beta is not None and beta < 0:
             raise ValueError(f"`beta` must be at least 0, got {beta}")
+        if alpha is not None and not 0 <= alpha <= 1:
+            raise ValueError(f"`alpha` must be in [0, 1], got {alpha}")
         self.scorer = scorer
         self._function_scorer = scorer
         self._range = (float(low), float(high))
         self._target = target
         self._beta = beta
+        self._alpha = alpha
         self._floor = floor
 
     @property
@@ -138,6 +146,11 @@ class FunctionReward(Leaf):
     def beta(self) -> float | None:
         """The softness, as given."""
         return self._beta
+
+    @property
+    def alpha(self) -> float | None:
+        """Where thresholds should start, as given."""
+        return self._alpha
 
     @property
     def floor(self) -> float | None:

@@ -121,6 +121,8 @@ class SequenceReward(Leaf):
         range: Least and greatest reward, where the labels do not tell; what is outside rejects.
         target: The reward of a good reply.
         beta: The softness of acceptance that suits its scale, at least 0.
+        alpha: Where thresholds should start, from 0 (the prompt's reward) to 1 (`target`); 1 where
+            the reward of the empty reply is none of the reply's.
         floor: The least reward of an acceptable reply.
         **settings: Those of `SequenceClassifier`.
 
@@ -143,6 +145,7 @@ class SequenceReward(Leaf):
         range: tuple[float, float] | None = None,
         target: float | None = None,
         beta: float | None = None,
+        alpha: float | None = None,
         floor: float | None = None,
         **settings: Any,
     ) -> None:
@@ -159,6 +162,8 @@ class SequenceReward(Leaf):
                 raise ValueError(f"`{argument}` must be finite, got {value}")
         if beta is not None and beta < 0:
             raise ValueError(f"`beta` must be at least 0, got {beta}")
+        if alpha is not None and not 0 <= alpha <= 1:
+            raise ValueError(f"`alpha` must be in [0, 1], got {alpha}")
         if range is not None and not range[0] < range[1]:
             raise ValueError(f"`range` must be two numbers in order, got {range}")
         if activation not in (None, "none", "softmax", "sigmoid"):
@@ -175,6 +180,7 @@ class SequenceReward(Leaf):
         self._given_range = range
         self._target = target
         self._beta = beta
+        self._alpha = alpha
         self._floor = floor
         self._reading: tuple[tuple[float, ...], Activation] | None = None
         if os.path.isdir(classifier.name):
@@ -194,6 +200,11 @@ class SequenceReward(Leaf):
     def beta(self) -> float | None:
         """The softness, as given."""
         return self._beta
+
+    @property
+    def alpha(self) -> float | None:
+        """Where thresholds should start, as given."""
+        return self._alpha
 
     @property
     def floor(self) -> float | None:
@@ -245,7 +256,7 @@ class SequenceReward(Leaf):
     @property
     def _key(self) -> tuple[Any, ...]:
         labels = None if self._labels is None else tuple(sorted(self._labels.items(), key=repr))
-        numbers = (self._given_range, self._target, self._beta, self._floor)
+        numbers = (self._given_range, self._target, self._beta, self._alpha, self._floor)
         return (id(self.scorer), labels, self._name, self._activation, numbers)
 
     def _resolve(self) -> tuple[tuple[float, ...], Activation]:
