@@ -20,7 +20,7 @@ from itertools import pairwise, takewhile
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from langchain_stars.acceptance import Acceptance, expected_accepted
-from langchain_stars.judging import MAX_FAILURES_IN_A_ROW, Inquiry, Workers, judging
+from langchain_stars.judging import MAX_FAILURES_IN_A_ROW, Inquiry, Workers, failures, judging
 from langchain_stars.language_models.base import (
     Candidate,
     LanguageModel,
@@ -1087,7 +1087,7 @@ def combine(reward: Reward, values: dict[Leaf, float]) -> float | None:
     try:
         value = float(reward.combine(values))
     except Exception as error:  # a reward of somebody else's may fail in any way
-        _log.warning("reward %s failed: %s", reward.name, reason_of(error))
+        failures.tell(f"reward {reward.name}", reason_of(error))
         return None
     return value if math.isfinite(value) else None
 
@@ -1097,5 +1097,5 @@ def greatest(reward: Reward, known: Mapping[Leaf, float]) -> float:
     try:
         return float(reward.bounds(known)[1])
     except Exception as error:  # as above
-        _log.warning("bounds of %s failed: %s", reward.name, reason_of(error))
+        failures.tell(f"bounds of {reward.name}", reason_of(error))
         return math.nan

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from langchain_stars.rewards.base import (
+    Failures,
     Leaf,
     NamedRewardError,
     Raw,
@@ -27,6 +28,8 @@ from langchain_stars.rewards.base import (
 )
 
 _log = logging.getLogger(__name__)
+failures = Failures(_log)
+"""Of rewards that were asked in vain."""
 
 MAX_FAILURES_IN_A_ROW = 3
 """Attempts on which a reward fails, one after the other, until the reply ends.
@@ -313,7 +316,7 @@ def _read(leaf: Leaf, raw: Raw) -> float | None:
     try:
         value = within(float(leaf.read(raw)), leaf.range)
     except Exception as error:  # a reading of hostile numbers may fail in any way
-        _log.warning("reward %s failed: %s", leaf.name, reason_of(error))
+        failures.tell(f"reward {leaf.name}", reason_of(error))
         return None
     return value if math.isfinite(value) else None
 
@@ -396,7 +399,7 @@ class _Call:
             else:
                 return False
             if answers is None:
-                _log.warning("reward %s failed: %s", _name(self._scorer), failure)
+                failures.tell(f"reward {_name(self._scorer)}", failure)
             if not self._alone:
                 if answers is not None:
                     self._answers += answers
@@ -509,7 +512,7 @@ def _ask_on_device(scorer: Scorer, parts: Sequence[_Part]) -> None:
         for part, of_request in zip(parts, answers, strict=True):
             _check_count(len(of_request), part.request)
     except BaseException as error:  # whatever it raises, the engine's thread goes on
-        _log.warning("reward %s failed: %s", _name(scorer), reason_of(error))
+        failures.tell(f"reward {_name(scorer)}", reason_of(error))
     else:
         for part, of_request in zip(parts, answers, strict=True):
             part.answered(scorer, of_request)
@@ -519,7 +522,7 @@ def _ask_on_device(scorer: Scorer, parts: Sequence[_Part]) -> None:
         for candidate in part.request.candidates:
             of_one, failure = _ask_one(scorer, replace(part.request, candidates=(candidate,)))
             if of_one is None:
-                _log.warning("reward %s failed: %s", _name(scorer), failure)
+                failures.tell(f"reward {_name(scorer)}", failure)
             alone.append(of_one[0] if of_one is not None else None)
         part.answered(scorer, alone)
 

@@ -36,6 +36,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from langchain_stars import judging
 from langchain_stars.language_models import Sampling
 
 transformers_logging.disable_progress_bar()
@@ -269,6 +270,12 @@ def labelled_reward_folder(make_folder: FolderMaker) -> Path:
         id2label={0: "harmful", 1: "neutral", 2: "helpful"},
         label2id={"harmful": 0, "neutral": 1, "helpful": 2},
     )
+
+
+@pytest.fixture(autouse=True)
+def _failures_are_told_anew() -> None:
+    """A failure that an earlier test met is told again."""
+    judging.failures.clear()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

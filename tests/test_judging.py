@@ -151,6 +151,19 @@ def test_the_log_tells_where_a_function_failed(caplog: pytest.LogCaptureFixture)
     assert "secret" not in caplog.text
 
 
+def test_a_reward_that_always_fails_does_not_fill_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def function(texts: list[str]) -> list[float]:
+        raise ValueError
+
+    for _ in range(20):
+        settle(inquiry(Asked(function), texts=("a",)), workers=Workers())
+    told = [record.getMessage() for record in caplog.records]
+    times = ["", *(f" ({count} times)" for count in (2, 4, 8, 16))]
+    assert told == [f"reward asked failed: ValueError{of}" for of in times]
+
+
 def test_the_words_of_somebody_elses_reward_error_are_not_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -7,8 +7,11 @@ scorers say, or arithmetic on several readings. Rewards that read the same score
 
 import hashlib
 import json
+import logging
 import math
+import threading
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -47,6 +50,41 @@ class NamedRewardError(RewardError):
 def reason_of(error: BaseException) -> str:
     """Return what may be logged of an error that judging raised: a reason without words, or a type."""
     return error.reason if isinstance(error, NamedRewardError) else type(error).__name__
+
+
+class Failures:
+    """Tells in a log what failed, ever more seldom: the first time, the second, fourth, eighth.
+
+    A reward that always fails would fill a log otherwise. Safe to share between threads.
+
+    Attributes:
+        log: Where it is told.
+    """
+
+    MAX_KINDS = 1000
+    """Kinds of failures that are counted at once; with one more, all begin anew."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self.log = log
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._lock = threading.Lock()
+
+    def tell(self, name: str, reason: str) -> None:
+        """Count that something failed, and tell it with its count where that is a power of two."""
+        with self._lock:
+            if len(self._counts) >= self.MAX_KINDS and (name, reason) not in self._counts:
+                self._counts.clear()
+            self._counts[name, reason] += 1
+            count = self._counts[name, reason]
+        if count == 1:
+            self.log.warning("%s failed: %s", name, reason)
+        elif count & (count - 1) == 0:
+            self.log.warning("%s failed: %s (%d times)", name, reason, count)
+
+    def clear(self) -> None:
+        """Forget the counts."""
+        with self._lock:
+            self._counts.clear()
 
 
 class Subject:
