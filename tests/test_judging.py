@@ -5,6 +5,7 @@ import itertools
 import logging
 import math
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -143,11 +144,51 @@ def test_a_failing_reward_is_logged_by_name_and_type_and_without_words(
 
 def test_the_log_tells_where_a_function_failed(caplog: pytest.LogCaptureFixture) -> None:
     def judge(completions: list[str]) -> list[float]:
-        return [float(completions["secret"]) for _ in completions]  # type: ignore[call-overload]
+        wrong = completions["secret"]  # type: ignore[call-overload]
+        return [float(wrong)]
 
     settle(inquiry(as_reward(judge), texts=("secret",)), workers=Workers())
-    assert "reward judge failed: raised TypeError in <listcomp>, line" in caplog.text
-    assert "of test_judging.py" in caplog.text
+    assert re.search(r"judge failed: raised TypeError in line \d+ of test_judging.py", caplog.text)
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def secret():\n    return 1 / 0\nsecret()",
+        "class Secret(Exception):\n    pass\nraise Secret",
+        "raise type('Secret', (KeyError,), {})('secret')",
+    ],
+)
+def test_what_is_judged_may_run_and_its_names_are_not_logged(
+    code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def runs(completions: Any) -> list[float]:
+        exec(completions[0][0]["content"], {"__name__": "somebody's"})
+        return [1.0]
+
+    # The reward itself may have no file of its own, as one that is typed in.
+    spelled = "def typed(completions):\n    exec(completions[0][0]['content'], {})\n"
+    names: dict[str, Any] = {}
+    exec(spelled, names)
+    for function in (runs, names["typed"]):
+        settle(inquiry(as_reward(function), texts=(code,)), workers=Workers())
+    assert "failed: raised" in caplog.text
+    assert "secret" not in caplog.text.lower()
+
+
+def test_what_only_looks_like_a_function_fails_like_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Proxy:
+        __code__ = "some code"
+
+        def __call__(self, completions: Any) -> Any:
+            raise KeyError("secret")
+
+    reward = as_reward(Proxy(), name="proxy")
+    settle(inquiry(reward, texts=("secret",)), workers=Workers())
+    assert "proxy failed: raised KeyError" in caplog.text
     assert "secret" not in caplog.text
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import math
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -47,9 +48,19 @@ class NamedRewardError(RewardError):
         self.reason = reason
 
 
+def kind_of(error: BaseException) -> str:
+    """Return the name of an error's type, where it is that of a class in a module.
+
+    A class that somebody's code made while it ran may be named with anybody's words.
+    """
+    kind = type(error)
+    known = getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is kind
+    return kind.__name__ if known else "an error whose type is in no module"
+
+
 def reason_of(error: BaseException) -> str:
-    """Return what may be logged of an error that judging raised: a reason without words, or a type."""
-    return error.reason if isinstance(error, NamedRewardError) else type(error).__name__
+    """Return what may be logged of an error that judging raised: a named reason, or its type."""
+    return error.reason if isinstance(error, NamedRewardError) else kind_of(error)
 
 
 class Failures:

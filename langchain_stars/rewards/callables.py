@@ -15,6 +15,7 @@ import traceback
 import uuid
 import weakref
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from types import CodeType
 from typing import Any
 
 from langchain_stars.rewards.base import (
@@ -23,6 +24,7 @@ from langchain_stars.rewards.base import (
     Raw,
     Scorer,
     ScoreRequest,
+    kind_of,
     within,
 )
 from langchain_stars.templates import text_of
@@ -249,15 +251,13 @@ def _describe(error: Exception, function: Callable[..., Any]) -> str:
     """Return what went wrong and where, without the words that an error may carry."""
     if isinstance(error, _NotNumbers):
         return str(error)
-    told = f"raised {type(error).__name__}"
-    frames = [(f.f_code, line) for f, line in traceback.walk_tb(error.__traceback__)]
-    called = getattr(inspect.unwrap(function), "__code__", None)
-    # The last line of the function's own file: what it called there is seldom to blame.
-    own = [f for f in frames if called is not None and f[0].co_filename == called.co_filename]
-    if not own:
+    told = f"raised {kind_of(error)}"
+    code = getattr(function, "__code__", None)
+    if not isinstance(code, CodeType):
         return told
-    code, line = own[-1]
-    return f"{told} in {code.co_name}, line {line} of {os.path.basename(code.co_filename)}"
+    # Of the function itself alone: what it runs may be named after what is judged.
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code is code]
+    return f"{told} in line {lines[-1]} of {os.path.basename(code.co_filename)}" if lines else told
 
 
 def _values(answer: Any) -> list[float]:
