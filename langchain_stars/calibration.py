@@ -206,7 +206,7 @@ def calibrate(
                     policy=accept_all,
                     sampling=sampling or language_model.sampling,
                     max_tokens=max_tokens,
-                    seed=seed + sample,
+                    seed=seed + number * num_samples + sample,
                     priority="batch",
                     max_queue=len(chats) * num_samples,
                 )
