@@ -214,6 +214,7 @@ class TableReward(Leaf):
         name: What it is called.
         target: Reward that a good reply reaches, where a policy gives none.
         beta: Softness that suits it, where a policy gives none.
+        alpha: Where thresholds should start, where a policy does not say.
     """
 
     def __init__(
@@ -224,11 +225,13 @@ class TableReward(Leaf):
         name: str = "table",
         target: float | None = None,
         beta: float | None = None,
+        alpha: float | None = None,
     ) -> None:
         self.scorer = _TableScorer(table, default, name)
         self._name = name
         self._target = target
         self._beta = beta
+        self._alpha = alpha
 
     @property
     def name(self) -> str:
@@ -244,6 +247,11 @@ class TableReward(Leaf):
     def beta(self) -> float | None:
         """Softness that suits it, where it is known."""
         return self._beta
+
+    @property
+    def alpha(self) -> float | None:
+        """Where thresholds should start, where it is known."""
+        return self._alpha
 
     @property
     def identity(self) -> Mapping[str, Any]:
