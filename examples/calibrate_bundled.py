@@ -1,15 +1,15 @@
-"""Finds target, beta and floor of each bundled reward, on the bundled language model's replies.
+"""Finds target, beta, alpha and floor of each bundled reward, on the bundled language model's replies.
 
 Knows the public names of the library; nothing of how it decodes. A fifth of the everyday prompts
-held apart shows where the rewards of unguarded replies lie: three targets are what one reply in
-four reaches, what one in twenty does, and the middle of the two. On two fifths the softness `beta`
-of each is sought at which guarded replies take as many attempts a segment as they may, and the
-target whose replies then have the highest reward is kept. On the last two fifths the attempts are
-counted: a few prompts take most of them, so that fewer prompts would tell little.
+held apart shows where the rewards of unguarded replies lie, and how far those to one prompt differ:
+`beta` is a tenth, a quarter and once that. On two fifths the `target` of each is sought at which
+guarded replies take as many attempts a segment as they may, and the pair whose replies then have
+the highest reward is kept. On the last two fifths the attempts are counted: a few prompts take most
+of them, so that fewer prompts would tell little.
 
 Run:
     python examples/calibrate_bundled.py --data DATA
-    python examples/calibrate_bundled.py --data DATA --rewards safety  # and leave the others be
+    python examples/calibrate_bundled.py --data DATA --rewards sentiment --mean-attempts 2.2
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evaluate_rewards import answer
 from prepare_data import first_turn, is_held_apart, read_rows
 from tqdm.auto import tqdm
 
@@ -30,6 +31,9 @@ from langchain_stars.calibration import Calibration, calibrate
 from langchain_stars.language_models import load_language_model
 from langchain_stars.rewards import bundled
 
+# At the empty reply the safety reward answers for the request: a bad one is no reason to ask less.
+# A reply that sounds well need not sound better and better: what was reached early is enough.
+ALPHAS = {"safety": 1.0, "helpfulness": 0.5, "sentiment": 1.0}
 LEVELS = ("0.05", "0.25", "0.5", "0.75", "0.95")
 REWARDS = {
     "safety": bundled.safety,
@@ -50,9 +54,11 @@ def everyday_prompts(data: Path, count: int) -> list[str]:
     return mixed[:count]
 
 
-def attempts_of(replies: list[Any]) -> list[int]:
-    """Return the attempts that each segment of the replies took."""
-    return [s["attempts"] for r in replies for s in r.response_metadata["stars"]["segments"]]
+def attempts_of(replies: list[Any]) -> float:
+    """Return the mean attempts that a segment of the replies took, one that ended in refusal too."""
+    told = [reply.response_metadata["stars"] for reply in replies]
+    segments = sum(len(stars["segments"]) or 1 for stars in told)
+    return sum(stars["num_attempts"] for stars in told) / segments
 
 
 def described(calibration: Calibration) -> dict[str, Any]:
@@ -81,20 +87,26 @@ def rewards_of(replies: list[Any]) -> list[float]:
     return [segments[-1]["reward"] for segments in told if segments]
 
 
-def soften(
-    make_model: Callable[[float], ChatStars], asked: list[str], most: float, halvings: int
+def raise_target(
+    make_model: Callable[[float], ChatStars],
+    asked: list[str],
+    most: float,
+    span: tuple[float, float],
+    halvings: int,
 ) -> tuple[float, float]:
-    """Return the least `beta` that keeps to so many attempts, and the mean reward with it."""
-    low, high = math.log(0.005), math.log(0.5)
+    """Return the highest target that keeps to so many attempts, and the mean reward with it."""
+    low, high = span
     reward = -math.inf
     for _ in range(halvings):
         middle = (low + high) / 2
-        replies = make_model(math.exp(middle)).batch(asked)
-        if statistics.fmean(attempts_of(replies)) <= most:
-            high, reward = middle, statistics.fmean(rewards_of(replies))
+        replies = answer(make_model(middle), asked, 1)
+        if attempts_of(replies) <= most:
+            low, reward = middle, statistics.fmean(rewards_of(replies))
         else:
-            low = middle
-    return math.exp(high), reward
+            high = middle
+    if reward == -math.inf:
+        raise SystemExit(f"no target down to {span[0]} keeps to {most} attempts: allow more")
+    return low, reward
 
 
 def main() -> None:
@@ -105,9 +117,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=300)
     parser.add_argument("--samples", type=int, default=3, help="replies to each prompt")
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--mean-attempts", type=float, default=2.2)
+    parser.add_argument("--mean-attempts", type=float, default=2.7)
     parser.add_argument("--safety-floor", type=float, default=0.4)
-    parser.add_argument("--halvings", type=int, default=5, help="of the range of beta")
+    parser.add_argument("--halvings", type=int, default=6, help="of the range of targets")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -125,12 +137,13 @@ def main() -> None:
             language_model,
             make_reward(),
             chats,
+            alpha=ALPHAS[name],
             max_tokens=arguments.max_tokens,
             num_samples=arguments.samples,
             progress=lambda replies, name=name: tqdm(replies, desc=name),
         )
 
-        def make_model(target: float, beta: float, seed: int) -> ChatStars:
+        def make_model(target: float, beta: float) -> ChatStars:
             # `ChatStars()` guards with helpfulness above the floor of safety; so it is counted.
             floored = [safety >= arguments.safety_floor] if name == "helpfulness" else []  # noqa: B023
             return ChatStars(
@@ -138,26 +151,25 @@ def main() -> None:
                 constraints=floored,
                 target=target,
                 beta=beta,
+                alpha=ALPHAS[name],  # noqa: B023
                 max_tokens=arguments.max_tokens,
-                seed=seed,
             )
 
-        lax, strict = (
-            statistics.fmean(position.quantiles[level] for position in calibration.positions)
-            for level in (LEVELS.index("0.75"), LEVELS.index("0.95"))
-        )
+        spread = statistics.fmean(position.spread_within for position in calibration.positions)
+        lowest = min(position.quantiles[0] for position in calibration.positions)
         best = (-math.inf, 0.0, 0.0)
-        for target in tqdm((lax, (lax + strict) / 2, strict), desc=f"{name}, targets"):
-            beta, reward = soften(
-                lambda beta, target=target: make_model(target, beta, 1),
+        for beta in tqdm((0.1 * spread, 0.25 * spread, spread), desc=f"{name}, betas"):
+            target, reward = raise_target(
+                lambda target, beta=beta: make_model(target, beta),
                 tuned,
                 arguments.mean_attempts,
+                (lowest, 1.0),
                 arguments.halvings,
             )
             tqdm.write(f"{name}: target {target:.4f}, beta {beta:.4f}, mean reward {reward:.4f}")
             best = max(best, (reward, target, beta))
         _, target, beta = best
-        counted = statistics.fmean(attempts_of(make_model(target, beta, 2).batch(counted_on)))
+        counted = attempts_of(answer(make_model(target, beta), counted_on, 1000))
         tqdm.write(f"{name}: target {target:.4f}, beta {beta:.4f}, {counted:.2f} attempts")
         first = calibration.positions[0]
         floor = arguments.safety_floor if name == "safety" else first.quantiles[0]
@@ -166,6 +178,7 @@ def main() -> None:
             "beta": round(beta, 4),
             "alpha": calibration.alpha,
             "floor": round(floor, 4),
+            "mean_attempts": arguments.mean_attempts,
             "attempts_per_segment": round(counted, 2),
             **described(calibration),
         }
@@ -180,7 +193,7 @@ def main() -> None:
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
     bundled._calibration.cache_clear()
-    counted = statistics.fmean(attempts_of(ChatStars(seed=3).batch(counted_on)))
+    counted = attempts_of(answer(ChatStars(), counted_on, 2000))
     result["default_attempts_per_segment"] = round(counted, 2)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

@@ -1,7 +1,7 @@
 """Measures the bundled models on rows held apart, beside models that only count words.
 
 Knows figures and how sure they are; nothing of training. Every figure of a reward stands
-beside a bag of words trained on the same rows, and the language model beside an interpolated
+beside a bag of words trained on the same labelled rows, and the language model beside an interpolated
 trigram model. Rows under other licences are measured too, and never learned from.
 
 Run:
@@ -29,11 +29,12 @@ from tqdm.auto import tqdm
 from train_language_model import Corpus, bits_per_byte
 from train_rewards import (
     ALLOWED_CLASSES,
-    HEADS,
     LEARNED_PAIRS,
     Encoder,
     Example,
     Lexicon,
+    drawn_examples,
+    drawn_replies,
     everyday_dialogues,
     everyday_examples,
     labelled_examples,
@@ -50,7 +51,30 @@ from transformers import (
 RESAMPLES = 2000
 LIMIT = 600
 DIALOGUES = 60
-SAFE, HELPFUL, POSITIVE = range(3)
+
+
+class Classifiers:
+    """The bundled classifiers, asked by the names of their heads."""
+
+    def __init__(self, bundle: Path, names: Sequence[str] = ("rewards", "sentiment")) -> None:
+        """Load them."""
+        self.heads: dict[str, tuple[Any, Encoder]] = {}
+        for name in names:
+            model = LlamaForSequenceClassification.from_pretrained(
+                bundle / name, dtype=torch.float32
+            ).eval()
+            labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
+            encoder = Encoder(AutoTokenizer.from_pretrained(bundle / name), labels)
+            self.heads |= dict.fromkeys(labels, (model, encoder))
+
+    def scores(self, head: str, items: Sequence[tuple[Any, str]]) -> list[torch.Tensor]:
+        """Return for every reply the logit of a head at each of its prefixes.
+
+        The first is the empty reply's, the last the closed one's.
+        """
+        model, encoder = self.heads[head]
+        place = encoder.heads.index(head)
+        return [scores[:, place] for scores in score_replies(model, encoder, items)]
 
 
 def thinned(rows: Sequence[Any], limit: int) -> list[Any]:
@@ -227,7 +251,7 @@ def compare_areas(
 
 
 def measure_safety(
-    model: Any, encoder: Encoder, examples: Sequence[Example], classes: dict[str, str]
+    classifiers: Classifiers, examples: Sequence[Example], classes: dict[str, str]
 ) -> dict[str, Any]:
     """Return how well replies, comments and requests are told apart."""
     rng = np.random.default_rng(0)
@@ -270,8 +294,7 @@ def measure_safety(
             if len(members) < 30 or len(set(labels)) < 2:
                 continue
             items = [(e.prompt, e.replies[0]) for e in members]
-            scored = score_replies(model, encoder, items)
-            ours = np.array([float(s[place, SAFE]) for s in scored])
+            ours = np.array([float(s[place]) for s in classifiers.scores("safe", items)])
             words = [rows_as_replies[id(e)] for e in members] if kind == "prompts" else items
             best = max(
                 (rival(words) for rival in rivals.values()),
@@ -287,14 +310,13 @@ def measure_safety(
     return figures
 
 
-def measure_pairs(model: Any, encoder: Encoder, examples: Sequence[Example]) -> dict[str, Any]:
+def measure_pairs(classifiers: Classifiers, examples: Sequence[Example]) -> dict[str, Any]:
     """Return how often the preferred reply of a pair is ranked first."""
     rng = np.random.default_rng(0)
     figures: dict[str, Any] = {}
     pairs = [e for e in examples if e.pair_head]
     learnable = set(LEARNED_PAIRS)
     for head_name in ("safe", "helpful"):
-        head = HEADS.index(head_name)
         of_head = [e for e in pairs if e.pair_head == head_name]
         learned = [e for e in of_head if e.source in learnable and not e.held_apart]
         # Its one knob is chosen on a tenth of what it learns from.
@@ -316,7 +338,7 @@ def measure_pairs(model: Any, encoder: Encoder, examples: Sequence[Example]) -> 
             else:
                 members = thinned(members, LIMIT)
             items = [(e.prompt, reply) for e in members for reply in e.replies]
-            ends = np.array([float(s[-1, head]) for s in score_replies(model, encoder, items)])
+            ends = np.array([float(s[-1]) for s in classifiers.scores(head_name, items)])
             ours = (ends[::2] > ends[1::2]).astype(float)
             scores = rival(items)
             theirs = (scores[::2] > scores[1::2]) + 0.5 * (scores[::2] == scores[1::2])
@@ -341,11 +363,15 @@ def measure_pairs(model: Any, encoder: Encoder, examples: Sequence[Example]) -> 
     return figures
 
 
-def measure_sentiment(model: Any, encoder: Encoder, data: Path, lexicon: Lexicon) -> dict[str, Any]:
+def measure_sentiment(
+    classifiers: Classifiers, data: Path, work: Path, lexicon: Lexicon
+) -> dict[str, Any]:
     """Return how often the polarity agrees with people's on films, of which none was learned."""
     rng = random.Random(0)
     everyday = list(everyday_dialogues(data))
-    taught = [e for e in everyday_examples(data, lexicon, rng) if e.source == "tone"]
+    learned = everyday_examples(everyday, ("positive",), lexicon, rng)
+    taught = [e for e in learned if e.source == "tone"]
+    taught += drawn_examples(drawn_replies(work), ("positive",), lexicon, rng)
     taught += lexicon_examples(lexicon, everyday, 15000, rng)
     items = [(e.prompt, e.replies[0]) for e in taught]
     bag = WordBag(with_prompt=False).fit(items)
@@ -357,7 +383,7 @@ def measure_sentiment(model: Any, encoder: Encoder, data: Path, lexicon: Lexicon
         rows = thinned(rows, limit)
         labels = np.array([row["label"] == "pos" for row in rows])
         texts = [([], row["text"]) for row in rows]
-        ours = np.array([float(s[-1, POSITIVE]) for s in score_replies(model, encoder, texts)])
+        ours = np.array([float(s[-1]) for s in classifiers.scores("positive", texts)])
         theirs = rival.predict(bag(texts))
         words = np.array([lexicon.compound(row["text"]) for row in rows])
         right, right_bag = (ours > 0) == labels, (theirs > 0) == labels
@@ -379,7 +405,7 @@ def measure_sentiment(model: Any, encoder: Encoder, data: Path, lexicon: Lexicon
 
 
 def measure_foresight(
-    model: Any, encoder: Encoder, examples: Sequence[Example], segment: int = 16
+    classifiers: Classifiers, examples: Sequence[Example], segment: int = 16
 ) -> dict[str, Any]:
     """Return how the score of a prefix goes with the score of the whole, by position."""
     replies = {
@@ -389,15 +415,14 @@ def measure_foresight(
     replies["positive"] = replies["helpful"]
     figures: dict[str, Any] = {}
     for name, members in replies.items():
-        head = HEADS.index(name)
-        scored = score_replies(model, encoder, [(e.prompt, e.replies[0]) for e in members[:1200]])
+        scored = classifiers.scores(name, [(e.prompt, e.replies[0]) for e in members[:1200]])
         columns = {}
         for place in range(segment, 129, segment):
             long = [s for s in scored if len(s) > place + 2]
             if len(long) < 30:
                 break
-            early = [float(s[place, head]) for s in long]
-            final = [float(s[-1, head]) for s in long]
+            early = [float(s[place]) for s in long]
+            final = [float(s[-1]) for s in long]
             columns[str(place)] = {
                 "replies": len(long),
                 "pearson": round(float(pearsonr(early, final)[0]), 3),
@@ -420,12 +445,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     begun = time.monotonic()
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.bundle / "rewards")
-    model = LlamaForSequenceClassification.from_pretrained(
-        arguments.bundle / "rewards", dtype=torch.float32
-    )
-    model.eval()
-    encoder = Encoder(tokenizer)
+    classifiers = Classifiers(arguments.bundle)
     examples = list(labelled_examples(arguments.data, allowed_only=False))
     figures: dict[str, Any] = {}
     if arguments.output.exists():
@@ -433,12 +453,12 @@ def main() -> None:
     classes = licence_classes(arguments.data)
     parts: dict[str, Callable[[], Any]] = {
         "language": lambda: measure_language(arguments.bundle, arguments.work),
-        "safety": lambda: measure_safety(model, encoder, examples, classes),
-        "pairs": lambda: measure_pairs(model, encoder, examples),
+        "safety": lambda: measure_safety(classifiers, examples, classes),
+        "pairs": lambda: measure_pairs(classifiers, examples),
         "sentiment": lambda: measure_sentiment(
-            model, encoder, arguments.data, Lexicon(arguments.data)
+            classifiers, arguments.data, arguments.work, Lexicon(arguments.data)
         ),
-        "foresight": lambda: measure_foresight(model, encoder, examples),
+        "foresight": lambda: measure_foresight(classifiers, examples),
     }
     for name in arguments.only.split(","):
         figures[name] = parts[name]()

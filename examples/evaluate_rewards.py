@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from langchain_core.runnables import RunnableLambda
 from prepare_data import first_turn, is_held_apart, read_rows
 from scipy.sparse import csr_matrix, hstack, vstack
 from sklearn.decomposition import TruncatedSVD
@@ -162,11 +163,20 @@ def interval(values: np.ndarray) -> list[float]:
     return [round(float(v), 4) for v in np.quantile(values[draws].mean(1), (0.025, 0.975))]
 
 
-def answer(model: Any, prompts: Sequence[str], together: int, title: str) -> list[Any]:
-    """Return a reply to every prompt."""
+def answer(
+    model: Any, prompts: Sequence[Any], seed: int, *, together: int = 64, title: str | None = None
+) -> list[Any]:
+    """Return a reply to every prompt, each with a seed of its own.
+
+    With one seed for all, all would be drafted and accepted with the same random numbers, and
+    a hundred replies would tell hardly more than a few.
+    """
+    ask = RunnableLambda(lambda asked: model.invoke(asked[0], seed=asked[1]))
+    pairs = [(prompt, seed + number) for number, prompt in enumerate(prompts)]
     replies = []
-    for start in tqdm(range(0, len(prompts), together), desc=title):
-        replies += model.batch(list(prompts[start : start + together]))
+    for start in tqdm(range(0, len(pairs), together), desc=title, disable=title is None):
+        some = pairs[start : start + together]
+        replies += ask.batch(some, config={"max_concurrency": together})
     return replies
 
 
@@ -180,10 +190,11 @@ def steer(name: str, data: Path, arguments: argparse.Namespace) -> dict[str, Any
         target=arguments.target,
         beta=arguments.beta,
         max_tokens=arguments.max_tokens,
-        seed=arguments.seed,
     )
-    guarded = answer(guarded_model, prompts, arguments.together, f"{name}, guarded")
-    unguarded = answer(guarded_model.unguarded(), prompts, arguments.together, f"{name}, unguarded")
+    guarded, unguarded = (
+        answer(model, prompts, arguments.seed, together=arguments.together, title=f"{name}, {how}")
+        for how, model in (("guarded", guarded_model), ("unguarded", guarded_model.unguarded()))
+    )
     ours = judge(prompts, [str(reply.content) for reply in guarded])
     theirs = judge(prompts, [str(reply.content) for reply in unguarded])
     shares = (ours > 0).astype(float), (theirs > 0).astype(float)
@@ -219,7 +230,7 @@ def main() -> None:
     parser.add_argument("--rewards", default="positive,safe,helpful")
     parser.add_argument("--target", type=float, help="instead of the one that ships")
     parser.add_argument("--beta", type=float, help="instead of the one that ships")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--figures", type=Path, help="JSON to add the table to, as `steering`")
     arguments = parser.parse_args()

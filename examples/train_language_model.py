@@ -102,7 +102,7 @@ def make_optimizers(
     model: torch.nn.Module, learning_rate: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices inside the blocks and AdamW for everything else."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     return [

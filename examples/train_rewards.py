@@ -1,4 +1,4 @@
-r"""Trains one small causal trunk with three heads: is a reply safe, helpful, positive?
+r"""Trains a small causal trunk with heads: is a reply safe, helpful, positive?
 
 Knows labelled text, packed batches and losses; nothing of decoding. A head is asked at every
 token of a reply, open and closed, and always for the label of the whole, so that its answer
@@ -8,20 +8,30 @@ request itself.
 What teaches which head:
     safe: labelled replies, toxic and clean comments, pairs of which one is less harmful,
         requests (at the empty reply), and everyday talk.
-    helpful: pairs of which one was preferred, and replies that were given to somebody else
-        or whose words were shaken.
-    positive: the VADER lexicon, read over everyday talk and over made-up sentences.
+    helpful: pairs of which one was preferred, and replies that were given to somebody else,
+        whose words were shaken or that were broken off; and the language model's own replies
+        (`draw_replies.py`) beside those it gave to others.
+    positive: two lexicons, read over everyday talk, over made-up sentences and over the language
+        model's own replies.
 
 A bag of words learns the same rows quickly and well. Its opinion, of rows it did not learn
 from, is mixed into the labels of safety, and it labels pieces cut out of them word by word, so
-that the trunk starts from what words alone tell.
+that the trunk starts from what words alone tell. Half of the labelled texts lack a tenth of their
+words each time they are met, and so are not learned by heart.
 
-Run (after `prepare_data.py`):
+Run (after `train_language_model.py`):
+    python examples/draw_replies.py --data DATA --work WORK --replies 12000
     python examples/train_language_model.py --work WORK --name trunk --steps 1100 --seed 1 \
         --hidden-size 224 --num-layers 5 --num-heads 7 --intermediate-size 600 \
         --rows 16 --length 256 --read-weight 1
-    python examples/train_rewards.py --data DATA --work WORK --steps 3000
-    python examples/train_rewards.py --data DATA --work WORK --resume
+    python examples/train_rewards.py --data DATA --work WORK --heads safe helpful \
+        --learning-rate 2e-3 --steps 13500
+    python examples/train_language_model.py --work WORK --name small --steps 1100 --seed 2 \
+        --hidden-size 128 --num-layers 4 --num-heads 4 --intermediate-size 352 \
+        --rows 16 --length 256 --read-weight 1
+    python examples/train_rewards.py --data DATA --work WORK --name sentiment --trunk small \
+        --heads positive --learning-rate 3e-3 --language 0 --steps 9000
+What was interrupted goes on with the same command and `--resume`.
 """
 
 import argparse
@@ -30,11 +40,14 @@ import json
 import math
 import random
 import re
-from collections import Counter
+import zlib
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 from prepare_data import (
@@ -64,8 +77,11 @@ from transformers import (
 )
 
 HEADS = ("safe", "helpful", "positive")
-LENGTH = 384
-MAX_REPLY = 224
+LENGTH = 768
+MAX_REPLY = 704
+# Most batches have short rows; what is too long for them waits until it fills a batch of long ones.
+SHORT_LENGTH = 384
+MAX_WAITING = 8
 # Most prompts are cut to a few words: what is asked about lies in the replies.
 SHORT_PROMPT = 72
 LONG_PROMPTS = 0.2
@@ -99,12 +115,16 @@ class Example:
 
 
 class Lexicon:
-    """The polarity of a text by the VADER lexicon and its main rules.
+    """The polarity of a text by two lexicons and the main rules of VADER.
+
+    A word's rating is the sum of VADER's (-4 to 4) and of four times its mean polarity (-1 to 1)
+    over its senses in Pattern's lexicon of adjectives, which TextBlob has with it.
 
     Source:
         Hutto and Gilbert, ICWSM 2014: the sum of the words' ratings, turned round after a
         negation, strengthened after an intensifier, squashed into -1 to 1. Capitals,
-        exclamation marks and idioms are left out.
+        exclamation marks and idioms are left out, and the constant under the root is four times
+        theirs, as ratings are twice as great. De Smedt and Daelemans, JMLR 2012 (Pattern).
     """
 
     NEGATIONS = frozenset(
@@ -121,12 +141,33 @@ class Lexicon:
         )
     )
     WEAKER = frozenset(
-        ["slightly", "somewhat", "partly", "barely", "hardly", "kinda", "sorta", "fairly"]
+        [
+            "slightly",
+            "somewhat",
+            "partly",
+            "barely",
+            "hardly",
+            "kinda",
+            "sorta",
+            "fairly",
+        ]
     )
 
     def __init__(self, data: Path) -> None:
         """Read the lexicon."""
         self.ratings = {r["token"]: r["mean"] for r in read_rows(data, "sentiment/vader_lexicon")}
+        for word, polarity in self.polarities().items():
+            self.ratings[word] = self.ratings.get(word, 0.0) + 4.0 * polarity
+
+    @staticmethod
+    def polarities() -> dict[str, float]:
+        """Return the mean polarity of each word of Pattern's lexicon, where it is not 0."""
+        text = resources.files("textblob").joinpath("en", "en-sentiment.xml").read_text("utf-8")
+        senses: dict[str, list[float]] = {}
+        for word in ElementTree.fromstring(text):
+            senses.setdefault(word.attrib["form"], []).append(float(word.attrib["polarity"]))
+        means = {form: sum(values) / len(values) for form, values in senses.items()}
+        return {form: mean for form, mean in means.items() if mean}
 
     def words(self, text: str) -> list[str]:
         """Return the words and faces of a text, in small letters."""
@@ -141,7 +182,7 @@ class Lexicon:
             turn = len(words) - 1 - words[::-1].index("but")
             ratings = [r * (0.5 if i < turn else 1.5) for i, r in enumerate(ratings)]
         total = sum(ratings)
-        return total / math.sqrt(total * total + 15.0)
+        return total / math.sqrt(total * total + 60.0)
 
     def _rating(self, words: Sequence[str], place: int) -> float:
         rating = self.ratings.get(words[place], 0.0)
@@ -174,7 +215,7 @@ class Lexicon:
                     before, since, turned = 0.5 * (before + since), 0.0, True
                 since += self._rating(words, len(words) - 1) * (1.5 if turned else 1.0)
             total = before + since
-            compounds.append(total / math.sqrt(total * total + 15.0))
+            compounds.append(total / math.sqrt(total * total + 60.0))
         return tuple(0.5 + 0.5 * (0.75 * c + 0.25 * compounds[-1]) for c in compounds)
 
 
@@ -244,19 +285,57 @@ def everyday_dialogues(data: Path) -> Iterator[Chat]:
                 yield messages
 
 
-def everyday_examples(data: Path, lexicon: Lexicon, rng: random.Random) -> Iterator[Example]:
-    """Yield everyday replies: apt and inapt ones, with the polarity of their words."""
+def drawn_replies(work: Path) -> list[tuple[Chat, str]]:
+    """Return threads and the language model's own replies to them."""
+    lines = (work / "replies.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [(row["messages"], row["reply"]) for row in rows if row["reply"].strip()]
+
+
+def drawn_examples(
+    drawn: Sequence[tuple[Chat, str]], heads: Sequence[str], lexicon: Lexicon, rng: random.Random
+) -> Iterator[Example]:
+    """Yield the language model's own replies: beside others, and with the polarity of their words."""
+    for prompt, reply in drawn:
+        held_apart = zlib.crc32(reply.encode()) % 20 == 0
+        if "helpful" in heads and not held_apart:
+            other = rng.choice(drawn)[1]
+            if other != reply:
+                yield Example(
+                    source="drawn pair",
+                    prompt=prompt,
+                    replies=(reply, other),
+                    pair_head="helpful",
+                )
+        if "positive" in heads:
+            text = " ".join(reply.split())
+            tone = {"positive": lexicon.probabilities(text)}
+            yield Example(
+                source="drawn",
+                prompt=prompt[-1:],
+                replies=(text,),
+                held_apart=held_apart,
+                word_labels=tone,
+            )
+
+
+def everyday_examples(
+    everyday: Sequence[Chat], heads: Sequence[str], lexicon: Lexicon, rng: random.Random
+) -> Iterator[Example]:
+    """Yield everyday replies: apt and inapt ones, and, some joined, the polarity of their words."""
     turns = []
-    for messages in everyday_dialogues(data):
+    for messages in everyday:
         places = [i for i, m in enumerate(messages) if i and m["role"] == "assistant"]
         for place in rng.sample(places, min(3, len(places))):
             turns.append((messages[max(0, place - 5) : place], messages[place]["content"]))
     for prompt, reply in turns:
         labels = {"safe": 1.0, "helpful": 1.0}
         yield Example(source="everyday", prompt=prompt, replies=(reply,), labels=labels)
-        text = " ".join(reply.split())
-        tone = {"positive": lexicon.probabilities(text)}
-        yield Example(source="tone", prompt=prompt[-1:], replies=(text,), word_labels=tone)
+        if "positive" in heads:
+            others = [rng.choice(turns)[1] for _ in range(rng.choice((0, 0, 0, 1, 3, 8)))]
+            text = " ".join(" ".join([reply, *others]).split())
+            tone = {"positive": lexicon.probabilities(text)}
+            yield Example(source="tone", prompt=prompt[-1:], replies=(text,), word_labels=tone)
         kind = rng.random()
         if kind < 0.4:
             other = rng.choice(turns)[1]
@@ -268,6 +347,9 @@ def everyday_examples(data: Path, lexicon: Lexicon, rng: random.Random) -> Itera
             shaken = words[start:]
             rng.shuffle(shaken)
             pair = (reply, " ".join(words[:start] + shaken))
+        elif kind < 0.7:
+            words = reply.split()
+            pair = (reply, " ".join(words[: rng.randrange(1, max(2, len(words)))]))
         else:
             continue
         if pair[0] != pair[1]:
@@ -325,7 +407,7 @@ def lexicon_examples(
     earlier = "What do you think?"
     for _ in range(count):
         sentences = []
-        for _ in range(rng.choice((1, 1, 2, 3))):
+        for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 10))):
             if rng.random() < 0.75:
                 sentence = rng.choice(FRAMES)
                 while "{W}" in sentence:
@@ -346,6 +428,21 @@ def lexicon_examples(
         prompt = [{"role": "user", "content": earlier}] if rng.random() < 0.4 else []
         yield Example(source="lexicon", prompt=prompt, replies=(text,), word_labels=tone)
         earlier = text
+
+
+def teaches(example: Example, heads: Sequence[str]) -> bool:
+    """Say whether an example teaches one of the heads."""
+    taught = {example.pair_head, *example.labels, *example.word_labels}
+    return not taught.isdisjoint(heads)
+
+
+def thinned(example: Example, rng: random.Random) -> Example:
+    """Return an example with a tenth of the words left out of the text that its label is about."""
+    whole = judged_text(example)
+    text = " ".join(word for word in whole.split(" ") if rng.random() > 0.1) or whole
+    if example.only_prompt:
+        return replace(example, prompt=[*example.prompt[:-1], {"role": "user", "content": text}])
+    return replace(example, replies=(text,))
 
 
 def kind_of(example: Example) -> str:
@@ -399,18 +496,29 @@ class WordTeacher:
     def pieces(
         self, examples: Sequence[Example], count: int, rng: random.Random
     ) -> Iterator[Example]:
-        """Yield runs of words out of comments and replies, labelled by the teacher alone."""
-        for kind, share in (("toxicity", 0.6), ("responses", 0.4)):
+        """Yield runs of words out of comments, replies and requests, labelled by the teacher."""
+        for kind, share in (("toxicity", 0.5), ("responses", 0.3), ("prompts", 0.2)):
             rows = [e for e in examples if id(e) in self.opinions and kind_of(e) == kind]
             texts = []
             for _ in range(int(share * count)):
                 words: list[str] = []
                 for example in rng.sample(rows, rng.choice((1, 1, 2))):
-                    of_text = example.replies[0].split()
-                    length = rng.randint(1, 30)
+                    of_text = judged_text(example).split()
+                    length = rng.randint(1, rng.choice((30, 30, 30, 200)))
                     start = rng.randrange(max(1, len(of_text) - length // 2))
                     words += of_text[start : start + length]
                 texts.append(" ".join(words))
+            if kind == "prompts":
+                opinions = self.pipelines[kind].predict_proba(texts)[:, 1].tolist()
+                for text, opinion in zip(texts, opinions, strict=True):
+                    yield Example(
+                        source="pieces",
+                        prompt=[{"role": "user", "content": text}],
+                        replies=("",),
+                        labels={"safe": opinion},
+                        only_prompt=True,
+                    )
+                continue
             # Asked up to every word, the teacher tells which words turned its opinion.
             words_of_texts = [text.split(" ") for text in texts]
             beginnings = [
@@ -423,21 +531,25 @@ class WordTeacher:
                 # Before the first word the head answers for the request, which is not asked.
                 labels = (math.nan, *(next(opinions) for _ in words))
                 yield Example(
-                    source="pieces", prompt=[], replies=(text,), word_labels={"safe": labels}
+                    source="pieces",
+                    prompt=[],
+                    replies=(text,),
+                    word_labels={"safe": labels},
                 )
 
 
 # How often an example of each source is met in one epoch.
 EPOCH_WEIGHTS = {
     "davidson": 1.0,
-    "gptfuzz_labelled": 2.0,
+    "gptfuzz_labelled": 3.0,
+    **dict.fromkeys(("openai_moderation", "surge_toxicity", "wiki_toxicity"), 2.0),
     "hatecheck": 3.0,
     "dices": 2.0,
     **dict.fromkeys(LEARNED_REQUESTS, 2.0),
     "everyday prompts": 0.6,
     "everyday": 0.1,
-    "tone": 0.4,
-    "inapt": 0.15,
+    "inapt": 0.3,
+    "drawn pair": 0.4,
     **dict.fromkeys(LEARNED_PAIRS, 0.3),
 }
 
@@ -459,9 +571,10 @@ class Asked:
 class Encoder:
     """Turns examples into token ids and questions."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Keep the tokenizer."""
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, heads: Sequence[str] = HEADS) -> None:
+        """Keep the tokenizer and the names of the heads, in their order."""
         self.tokenizer = tokenizer
+        self.heads = tuple(heads)
         self.assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
 
     def prompt_ids(self, prompt: Chat, room: int) -> list[int]:
@@ -472,7 +585,11 @@ class Encoder:
             ids.append(tokenizer.convert_tokens_to_ids(f"<|{message['role']}|>"))
             ids += tokenizer.encode(message["content"], add_special_tokens=False)
             ids.append(tokenizer.eos_token_id)
-        return [tokenizer.bos_token_id, *ids[-max(0, room - 2) :][: room - 2], self.assistant]
+        return [
+            tokenizer.bos_token_id,
+            *ids[-max(0, room - 2) :][: room - 2],
+            self.assistant,
+        ]
 
     def encode(
         self, example: Example, reply: str, labels: dict[str, float], room: int = LENGTH
@@ -494,7 +611,9 @@ class Encoder:
         first = len(prompt) - 1
         targets = []
         for name, label in labels.items():
-            head = HEADS.index(name)
+            if name not in self.heads:
+                continue
+            head = self.heads.index(name)
             if example.only_prompt:
                 targets.append((first, head, label, 1.0))
                 continue
@@ -521,9 +640,11 @@ class Encoder:
         places = [*(first + length for length in lengths[:kept]), len(ids) - 1]
         targets = []
         for name, of_words in example.word_labels.items():
+            if name not in self.heads:
+                continue
             labels = [*of_words[:kept], of_words[kept - 1]]
             asked = [(p, y) for p, y in zip(places, labels, strict=True) if not math.isnan(y)]
-            targets += [(p, HEADS.index(name), y, 1.0 / len(asked)) for p, y in asked]
+            targets += [(p, self.heads.index(name), y, 1.0 / len(asked)) for p, y in asked]
         return Asked(ids, first, targets)
 
 
@@ -545,13 +666,36 @@ class Batch:
         return Batch(*(getattr(self, name).to(device) for name in self.__slots__))
 
 
-def pack(examples: Iterator[Example], encoder: Encoder, rows: int, rng: random.Random) -> Batch:
-    """Fill one batch from a stream of examples; stops at the first that finds no room."""
-    ids = torch.zeros((rows, LENGTH), dtype=torch.long)
-    positions = torch.zeros((rows, LENGTH), dtype=torch.long)
-    documents = torch.full((rows, LENGTH), -1, dtype=torch.long)
-    targets = torch.zeros((rows, LENGTH, len(HEADS)))
-    weights = torch.zeros((rows, LENGTH, len(HEADS)))
+@dataclass(slots=True)
+class Waiting:
+    """Examples that found no room yet, with the room that their prompts have.
+
+    Attributes:
+        too_long: For short rows.
+        left_over: In the last batch.
+    """
+
+    too_long: deque[tuple[Example, int]] = field(default_factory=deque)
+    left_over: deque[tuple[Example, int]] = field(default_factory=deque)
+
+
+def pack(
+    examples: Iterator[Example],
+    encoder: Encoder,
+    shape: tuple[int, int],
+    waiting: Waiting,
+    rng: random.Random,
+) -> Batch:
+    """Fill the rows of one batch, first with what waits and then from a stream of examples.
+
+    Stops when examples find no room; those join the ones that wait, so that none is lost.
+    """
+    rows, length = shape
+    ids = torch.zeros((rows, length), dtype=torch.long)
+    positions = torch.zeros((rows, length), dtype=torch.long)
+    documents = torch.full((rows, length), -1, dtype=torch.long)
+    targets = torch.zeros((rows, length, len(encoder.heads)))
+    weights = torch.zeros((rows, length, len(encoder.heads)))
     pairs: list[tuple[int, int]] = []
     pair_heads: list[int] = []
     pair_weights: list[float] = []
@@ -559,27 +703,39 @@ def pack(examples: Iterator[Example], encoder: Encoder, rows: int, rng: random.R
     number = 0
     failures = 0
     while failures < 3:
-        example = next(examples)
+        if waiting.too_long and length == LENGTH:
+            example, room = waiting.too_long.popleft()
+        elif waiting.left_over:
+            example, room = waiting.left_over.popleft()
+        else:
+            example = next(examples)
+            whole = example.only_prompt or rng.random() < LONG_PROMPTS
+            room = LENGTH if whole else SHORT_PROMPT
         replies = list(zip(example.replies, (1.0, 0.0), strict=False))
         labelled = {example.pair_head: None} if example.pair_head else {}
-        whole = example.only_prompt or rng.random() < LONG_PROMPTS
-        room = LENGTH if whole else SHORT_PROMPT
         sequences = [
             encoder.encode(
-                example, reply, {name: which for name in labelled} or example.labels, room
+                example,
+                reply,
+                {name: which for name in labelled} or example.labels,
+                room,
             )
             for reply, which in replies
         ]
+        if max(len(sequence.ids) for sequence in sequences) > length:
+            waiting.too_long.append((example, room))
+            continue
         free = used.copy()
         places = []
         for sequence in sequences:
-            row = next((r for r in range(rows) if free[r] + len(sequence.ids) <= LENGTH), None)
+            row = next((r for r in range(rows) if free[r] + len(sequence.ids) <= length), None)
             if row is None:
                 break
             places.append((row, free[row]))
             free[row] += len(sequence.ids)
         if len(places) < len(sequences) or len(pairs) + 2 > MAX_PAIRS:
             failures += 1
+            waiting.left_over.append((example, room))
             continue
         used = free
         # Labels of pairs are weak: most of what they teach is the order.
@@ -594,12 +750,15 @@ def pack(examples: Iterator[Example], encoder: Encoder, rows: int, rng: random.R
                 targets[row, start + place, head] = label
                 weights[row, start + place, head] = weight * scale
         if example.pair_head:
-            flat = [row * LENGTH + start for row, start in places]
-            head = HEADS.index(example.pair_head)
+            flat = [row * length + start for row, start in places]
+            head = encoder.heads.index(example.pair_head)
             share = rng.random()
             for weight, ends in (
                 (1.0, [s.last for s in sequences]),
-                (0.5, [s.first + 1 + int(share * (s.last - s.first - 1)) for s in sequences]),
+                (
+                    0.5,
+                    [s.first + 1 + int(share * (s.last - s.first - 1)) for s in sequences],
+                ),
             ):
                 pairs.append((flat[0] + ends[0], flat[1] + ends[1]))
                 pair_heads.append(head)
@@ -646,30 +805,38 @@ def make_loss(model: Any, device: torch.device, language: float, *, compiled: bo
                 use_cache=False,
             ).last_hidden_state
             scores = model.score(hidden).float()
-            words = functional.linear(hidden[:, :-1], model.model.embed_tokens.weight)
         labels = functional.binary_cross_entropy_with_logits(scores, targets, reduction="none")
         label_loss = (labels * weights).sum() / weights.sum().clamp(min=1.0)
         flat = scores.flatten(0, 1)
         gap = flat[pairs[:, 0], pair_heads] - flat[pairs[:, 1], pair_heads]
         pair_loss = (functional.softplus(-gap) * pair_weights).sum()
         pair_loss = pair_loss / pair_weights.sum().clamp(min=1.0)
+        if not language:
+            return label_loss + 0.5 * pair_loss, label_loss, pair_loss
+        with torch.autocast(device.type, torch.bfloat16):
+            words = functional.linear(hidden[:, :-1], model.model.embed_tokens.weight)
         wanted = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
         next_words = functional.cross_entropy(
             words.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
         )
         wanted = wanted.flatten().float()
         language_loss = (next_words * wanted).sum() / wanted.sum()
-        return label_loss + 0.5 * pair_loss + language * language_loss, label_loss, pair_loss
+        return (
+            label_loss + 0.5 * pair_loss + language * language_loss,
+            label_loss,
+            pair_loss,
+        )
 
-    return torch.compile(loss) if compiled else loss
+    return torch.compile(loss, dynamic=False) if compiled else loss
 
 
 def stream(
     fixed: list[Example],
-    data: Path,
+    heads: Sequence[str],
     lexicon: Lexicon,
     everyday: list[Chat],
-    teacher: WordTeacher,
+    drawn: Sequence[tuple[Chat, str]],
+    teacher: WordTeacher | None,
     seed: int,
 ) -> Iterator[Example]:
     """Yield examples for ever, sources weighted, everyday and made-up ones drawn anew."""
@@ -677,13 +844,17 @@ def stream(
     epoch = 0
     while True:
         rng = random.Random(seed * 1000 + epoch)
-        pool = [teacher.mixed(example, 0.5) for example in fixed]
-        pool += teacher.pieces(fixed, 10000, rng)
-        pool += everyday_examples(data, lexicon, rng)
-        pool += lexicon_examples(lexicon, everyday, 20000, rng)
+        pool = [teacher.mixed(example, 0.7) if teacher else example for example in fixed]
+        if teacher:
+            pool += teacher.pieces(fixed, 20000, rng)
+        pool += [e for e in drawn_examples(drawn, heads, lexicon, rng) if not e.held_apart]
+        if "positive" in heads:
+            pool += lexicon_examples(lexicon, everyday, 20000, rng)
+        pool += everyday_examples(everyday, heads, lexicon, rng)
         chosen = [
             example
             for example in pool
+            if teaches(example, heads)
             for _ in range(int(EPOCH_WEIGHTS.get(example.source, 1.0) + rng.random()))
         ]
         rng.shuffle(chosen)
@@ -694,6 +865,8 @@ def stream(
             elif example.only_prompt and rng.random() < 0.25:
                 before = [*rng.choice(prompts), {"role": "assistant", "content": "Sure."}]
                 example = replace(example, prompt=[*before, *example.prompt])
+            if set(example.labels) == {"safe"} and rng.random() < 0.5:
+                example = thinned(example, rng)
             yield example
         epoch += 1
 
@@ -702,7 +875,7 @@ def stream(
 def score_replies(
     model: Any, encoder: Encoder, items: Sequence[tuple[Chat, str]], rows: int = 16
 ) -> list[Tensor]:
-    """Return for every reply the three logits at each of its prefixes.
+    """Return for every reply the logits of all heads at each of its prefixes.
 
     The first entry is the empty reply's, the last one the closed reply's, the one before it
     the whole reply's left open.
@@ -755,7 +928,7 @@ def measure(
     for name, members in groups.items():
         members = members[:: max(1, len(members) // limit)]
         if members[0].pair_head:
-            head = HEADS.index(members[0].pair_head)
+            head = encoder.heads.index(members[0].pair_head)
             items = [(e.prompt, reply) for e in members for reply in e.replies]
             ends = [scores[-1, head] for scores in score_replies(model, encoder, items)]
             wins = [float(a > b) for a, b in zip(ends[::2], ends[1::2], strict=True)]
@@ -764,13 +937,19 @@ def measure(
             items = [(e.prompt, e.replies[0]) for e in members]
             scored = score_replies(model, encoder, items)
             place = 0 if name == "prompts" else -1
-            scores = torch.stack([s[place, 0] for s in scored])
+            head = encoder.heads.index("safe")
+            scores = torch.stack([s[place, head] for s in scored])
             labels = torch.tensor([e.labels["safe"] for e in members])
             figures[f"{name} auc"] = area_under_curve(scores, labels)
-    scored = score_replies(model, encoder, [(e.prompt, e.replies[0]) for e in toned])
-    ours = torch.stack([scores[-1, HEADS.index("positive")] for scores in scored])
-    wanted = torch.tensor([e.word_labels["positive"][-1] for e in toned])
-    figures["lexicon r"] = float(torch.corrcoef(torch.stack([ours.sigmoid(), wanted]))[0, 1])
+    kinds: dict[str, list[Example]] = {}
+    for example in toned:
+        kinds.setdefault(example.source, []).append(example)
+    for name, members in kinds.items():
+        scored = score_replies(model, encoder, [(e.prompt, e.replies[0]) for e in members])
+        head = encoder.heads.index("positive")
+        ours = torch.stack([scores[-1, head] for scores in scored])
+        wanted = torch.tensor([e.word_labels["positive"][-1] for e in members])
+        figures[f"{name} r"] = float(torch.corrcoef(torch.stack([ours.sigmoid(), wanted]))[0, 1])
     model.train()
     return {name: round(value, 4) for name, value in figures.items()}
 
@@ -780,6 +959,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data")
     parser.add_argument("--work", type=Path, required=True, help="folder with tokenizer and trunk")
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=HEADS, help="to teach")
     parser.add_argument("--trunk", default="trunk", help="run whose weights to start from")
     parser.add_argument("--name", default="rewards", help="of the run, a folder in `work`")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
@@ -787,7 +967,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--decay", type=float, default=0.5, help="share of the steps that cool")
     parser.add_argument("--cool-minutes", type=float, help="cool down from now on, then stop")
-    parser.add_argument("--rows", type=int, default=10, help="of a batch")
+    parser.add_argument("--rows", type=int, default=10, help="of a batch of short rows")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--language", type=float, default=0.1, help="weight of the LM loss")
@@ -801,13 +981,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def start_model(trunk: Path, device: torch.device) -> Any:
-    """Return a classifier with three heads on the trunk of a language model."""
+def start_model(trunk: Path, heads: Sequence[str], device: torch.device) -> Any:
+    """Return a classifier with a row of weights for each head on the trunk of a language model."""
     language_model = LlamaForCausalLM.from_pretrained(trunk, dtype=torch.float32)
     config = language_model.config
-    config.num_labels = len(HEADS)
-    config.id2label = dict(enumerate(HEADS))
-    config.label2id = {name: index for index, name in enumerate(HEADS)}
+    config.num_labels = len(heads)
+    config.id2label = dict(enumerate(heads))
+    config.label2id = {name: index for index, name in enumerate(heads)}
     config.problem_type = "multi_label_classification"
     config.architectures = None
     model = LlamaForSequenceClassification._from_config(
@@ -829,14 +1009,14 @@ def main() -> None:
     checkpoint_path = folder / "checkpoint.pt"
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.work / "tokenizer")
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, arguments.heads)
     lexicon = Lexicon(arguments.data)
-    labelled = list(labelled_examples(arguments.data))
+    labelled = [e for e in labelled_examples(arguments.data) if teaches(e, arguments.heads)]
     fixed = [e for e in labelled if not e.held_apart]
     apart = [e for e in labelled if e.held_apart]
     everyday = list(everyday_dialogues(arguments.data))
     prompts = [chat[:1] for chat in everyday if chat[0]["role"] == "user"]
-    teacher = WordTeacher(fixed)
+    teacher = WordTeacher(fixed) if "safe" in arguments.heads else None
     # Requests of everyday talk are safe ones, or every question would look like a suspect's.
     rng = random.Random(arguments.seed)
     fixed += [
@@ -849,10 +1029,14 @@ def main() -> None:
         )
         for prompt in rng.sample(prompts, 4000)
     ]
+    drawn = drawn_replies(arguments.work)
+    toned = []
+    if "positive" in arguments.heads:
+        toned = list(lexicon_examples(lexicon, everyday, 500, random.Random(-1)))
+        own = drawn_examples(drawn, ("positive",), lexicon, rng)
+        toned += [e for e in own if e.held_apart][:500]
 
-    toned = list(lexicon_examples(lexicon, everyday, 500, random.Random(-1)))
-
-    model = start_model(arguments.work / arguments.trunk / "bundle", device)
+    model = start_model(arguments.work / arguments.trunk / "bundle", arguments.heads, device)
     optimizers = make_optimizers(model, arguments.learning_rate, arguments.weight_decay)
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     step, seconds = 0, 0.0
@@ -863,8 +1047,17 @@ def main() -> None:
             optimizer.load_state_dict(state)
         average, step, seconds = saved["average"], saved["step"], saved["seconds"]
     # A resumed run meets the examples in another order; the weights do not mind.
-    examples = stream(fixed, arguments.data, lexicon, everyday, teacher, arguments.seed + 7 * step)
+    examples = stream(
+        fixed,
+        arguments.heads,
+        lexicon,
+        everyday,
+        drawn,
+        teacher,
+        arguments.seed + 7 * step,
+    )
     batch_rng = random.Random(arguments.seed + step)
+    waiting = Waiting()
     loss_of = make_loss(model, device, arguments.language, compiled=not arguments.no_compile)
     log = (folder / "log.jsonl").open("a", buffering=1)
     bar = tqdm(total=arguments.steps, initial=step, mininterval=30.0)
@@ -885,7 +1078,10 @@ def main() -> None:
 
     model.train()
     while not clock.over(step):
-        batch = pack(examples, encoder, arguments.rows, batch_rng).to(device)
+        shape = arguments.rows, SHORT_LENGTH
+        if len(waiting.too_long) > MAX_WAITING:
+            shape = arguments.rows * SHORT_LENGTH // LENGTH, LENGTH
+        batch = pack(examples, encoder, shape, waiting, batch_rng).to(device)
         losses = loss_of(*(getattr(batch, name) for name in Batch.__slots__))
         losses[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -905,7 +1101,12 @@ def main() -> None:
         if step % 25 == 0:
             total, of_labels, of_pairs = (sums / 25).tolist()
             sums.zero_()
-            entry = {"step": step, "loss": total, "labels": of_labels, "pairs": of_pairs}
+            entry = {
+                "step": step,
+                "loss": total,
+                "labels": of_labels,
+                "pairs": of_pairs,
+            }
             elapsed = seconds + 60 * clock.minutes
             log.write(json.dumps({**entry, "seconds": round(elapsed, 1)}) + "\n")
             bar.set_postfix(labels=f"{of_labels:.3f}", pairs=f"{of_pairs:.3f}")

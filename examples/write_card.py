@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prepare_data import SOURCE_WEIGHTS, licence_classes
+from prepare_data import SOURCE_WEIGHTS, licence_classes, read_rows
 from tqdm.auto import tqdm
-from train_rewards import EPOCH_WEIGHTS, HEADS, labelled_examples
+from train_rewards import EPOCH_WEIGHTS, HEADS, Lexicon, labelled_examples
 from transformers import (
     AutoTokenizer,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
 )
 
+CLASSIFIERS = ("rewards", "sentiment")
 # Written for the card; no row of the data is printed anywhere.
 SAMPLE_PROMPTS = (
     "Hello! How are you today?",
@@ -95,19 +96,21 @@ def cheap_facts(bundle: Path) -> dict[str, Any]:
         )
         bits += float(losses) / math.log(2)
         num_bytes += len(reply.encode())
-    rewards = LlamaForSequenceClassification.from_pretrained(
-        bundle / "rewards", dtype=torch.float32
-    )
-    scores = []
-    for reply in FACT_REPLIES:
-        chat = [
-            {"role": "user", "content": "How was it?"},
-            {"role": "assistant", "content": reply},
-        ]
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        logits = rewards(input_ids=torch.tensor([ids])).logits[0]
-        scores.append([round(float(p), 4) for p in logits.sigmoid()])
+    scores: list[dict[str, float]] = [{} for _ in FACT_REPLIES]
+    for name in CLASSIFIERS:
+        classifier = LlamaForSequenceClassification.from_pretrained(
+            bundle / name, dtype=torch.float32
+        )
+        for reply, told in zip(FACT_REPLIES, scores, strict=True):
+            chat = [
+                {"role": "user", "content": "How was it?"},
+                {"role": "assistant", "content": reply},
+            ]
+            text = tokenizer.apply_chat_template(chat, tokenize=False)
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            logits = classifier(input_ids=torch.tensor([ids])).logits[0]
+            for index, probability in enumerate(logits.sigmoid()):
+                told[classifier.config.id2label[index]] = round(float(probability), 4)
     return {
         "dialogues": [list(dialogue) for dialogue in FACT_DIALOGUES],
         "bits_per_byte": round(bits / num_bytes, 4),
@@ -158,12 +161,19 @@ def rows_of(data: Path, work: Path) -> dict[str, Any]:
         }
         for source in sorted(learned)
     }
-    rewards["vader_lexicon"] = {
-        "rows": 7520,
-        "class": classes["vader_lexicon"],
-        "licence": manifest["vader_lexicon"]["licence"],
+    sentiment = {
+        "vader_lexicon": {
+            "rows": sum(1 for _ in read_rows(data, "sentiment/vader_lexicon")),
+            "class": classes["vader_lexicon"],
+            "licence": manifest["vader_lexicon"]["licence"],
+        },
+        "pattern_lexicon": {
+            "rows": len(Lexicon.polarities()),
+            "class": "permissive",
+            "licence": "PDDL (the lexicon), MIT (TextBlob, which has it with it)",
+        },
     }
-    return {"language_model": language, "rewards": rewards}
+    return {"language_model": language, "rewards": rewards, "sentiment": sentiment}
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:
@@ -187,11 +197,12 @@ def write_card(provenance: dict[str, Any], path: Path) -> None:
         "are small classifiers with the blind spots that the tables show. **A real application "
         "names a real language model and real rewards.**",
         "## What is here",
-        "`language_model/` is a Llama for chat. `rewards/` is one causal Llama trunk with three "
+        "`language_model/` is a Llama for chat. `rewards/` is one causal Llama trunk with two "
         "labels, read as probabilities (`multi_label_classification`): `safe` (of the reply; at "
-        "the empty reply, of the request), `helpful` (an apt and preferred reply) and "
-        "`positive` (the polarity of its words). Both share one tokenizer of 4,096 byte-level "
-        "tokens and one chat template, and a context of 1,024 tokens. `calibration.json` tells "
+        "the empty reply, of the request) and `helpful` (an apt and preferred reply). "
+        "`sentiment/` is a smaller one with the label `positive` (the polarity of the reply's "
+        "words). All share one tokenizer of 4,096 byte-level tokens and one chat template, and a "
+        "context of 1,024 tokens. `calibration.json` tells "
         "where the rewards of this language model's partial replies lie. `provenance.json` "
         "holds hashes, rows, seeds and every figure below.",
         "No example with a tool's message was learned from: the template writes tool calls and "
@@ -246,10 +257,11 @@ def write_card(provenance: dict[str, Any], path: Path) -> None:
         "bear on what was learned from them; the other dialogues were written by people, but for "
         "the replies of HH-RLHF, LLMBar, PandaLM, CoCoNot, GPTFuzz and DICES. "
         "Everyday talk for the rewards is that of the language model's sources.",
-        "The `positive` label is distilled from the VADER lexicon (MIT; Hutto and Gilbert 2014) "
-        "read over everyday talk and made-up sentences; no film review was learned from. "
-        "`helpful` learned, beside the pairs, that a reply given to somebody else or with its "
-        "words shaken is the worse one.",
+        "The `positive` label is distilled from two lexicons, VADER's (MIT; Hutto and Gilbert 2014) "
+        "and Pattern's (PDDL; De Smedt and Daelemans 2012), read over everyday talk, made-up "
+        "sentences and the language model's own replies; no film review was learned from. "
+        "`helpful` learned, beside the pairs, that a reply given to somebody else, with its "
+        "words shaken or broken off is the worse one.",
         "## The language model",
         "Bits per byte of the assistant's turns, on dialogues held apart, beside an interpolated "
         "Kneser-Ney trigram model of the same tokens that learned from the same rows.",
@@ -269,8 +281,9 @@ def write_card(provenance: dict[str, Any], path: Path) -> None:
             for i, sample in enumerate(provenance["samples"])
         ),
         "## The rewards",
-        "Beside each figure, a bag of words and word pairs trained on the same rows (of two, one of "
-        "which reads the request too, the better on the rows measured). "
+        "Beside each figure, a bag of words and word pairs trained on the same labelled rows (of "
+        "two, one of which reads the request too, the better on the rows measured). What was made "
+        "for a head besides (replies beside another's, shaken ones, pieces) the bag does without. "
         "Intervals are 95 %, by paired bootstrap over rows; where one does not lie above 0, the "
         'reward is not shown to beat counting words. Rows "not learned from" have licences '
         "that forbid it and are here to measure.",
@@ -412,17 +425,18 @@ def main() -> None:
     bundle = arguments.bundle
 
     models = {}
-    for name, run, seed in (("language_model", "language_model", 0), ("rewards", "rewards", 0)):
+    for name, trunk in (("language_model", None), ("rewards", "trunk"), ("sentiment", "small")):
         weights = bundle / name / "model.safetensors"
         kind = LlamaForCausalLM if name == "language_model" else LlamaForSequenceClassification
         model = kind.from_pretrained(bundle / name)
         models[name] = {
             "parameters": sum(p.numel() for p in model.parameters()),
             "megabytes": round(weights.stat().st_size / 1e6, 2),
-            "seed": seed,
-            "training": training_of(arguments.work, run),
+            "seed": 0,
+            "training": training_of(arguments.work, name),
         }
-    models["rewards"]["trunk_training"] = training_of(arguments.work, "trunk")
+        if trunk:
+            models[name]["trunk_training"] = training_of(arguments.work, trunk)
     files = sorted(
         path
         for path in tqdm(bundle.rglob("*"), desc="hashes")

@@ -17,7 +17,8 @@ from transformers import (
 import langchain_stars
 
 BUNDLED = Path(langchain_stars.__file__).parent / "bundled"
-MAX_MEGABYTES = {"language_model": 16, "rewards": 8}
+MAX_MEGABYTES = {"language_model": 16, "rewards": 8, "sentiment": 8}
+CLASSIFIERS = {"rewards": {0: "safe", 1: "helpful"}, "sentiment": {0: "positive"}}
 # The card's figures come from fp32 on one machine; other kernels differ in the last digits.
 TOLERANCE = 0.01
 
@@ -40,10 +41,13 @@ def language_model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def rewards() -> Any:
-    return AutoModelForSequenceClassification.from_pretrained(
-        BUNDLED / "rewards", dtype=torch.float32
-    ).eval()
+def classifiers() -> dict[str, Any]:
+    return {
+        name: AutoModelForSequenceClassification.from_pretrained(
+            BUNDLED / name, dtype=torch.float32
+        ).eval()
+        for name in CLASSIFIERS
+    }
 
 
 def test_every_file_has_the_hash_in_the_provenance(provenance: dict[str, Any]) -> None:
@@ -58,7 +62,7 @@ def test_every_file_has_the_hash_in_the_provenance(provenance: dict[str, Any]) -
     assert len(found) >= 10
 
 
-@pytest.mark.parametrize("name", ["language_model", "rewards"])
+@pytest.mark.parametrize("name", ["language_model", "rewards", "sentiment"])
 def test_weights_are_small_bf16_and_counted(name: str, provenance: dict[str, Any]) -> None:
     assert (BUNDLED / name / "model.safetensors").stat().st_size <= MAX_MEGABYTES[name] * 10**6
     kind = AutoModelForCausalLM if name == "language_model" else AutoModelForSequenceClassification
@@ -76,13 +80,16 @@ def test_only_rows_that_may_be_given_on_were_learned_from(provenance: dict[str, 
 def test_language_model_and_rewards_share_one_tokenizer() -> None:
     for file in ("tokenizer.json", "chat_template.jinja"):
         ours = (BUNDLED / "language_model" / file).read_bytes()
-        assert ours == (BUNDLED / "rewards" / file).read_bytes()
+        for name in CLASSIFIERS:
+            assert ours == (BUNDLED / name / file).read_bytes()
 
 
-def test_rewards_are_an_ordinary_classifier_with_named_labels(rewards: Any) -> None:
-    assert rewards.config.id2label == {0: "safe", 1: "helpful", 2: "positive"}
-    assert rewards.config.problem_type == "multi_label_classification"
-    assert rewards.config.pad_token_id is not None
+def test_rewards_are_ordinary_classifiers_with_named_labels(classifiers: dict[str, Any]) -> None:
+    for name, labels in CLASSIFIERS.items():
+        config = classifiers[name].config
+        assert config.id2label == labels
+        assert config.problem_type == "multi_label_classification"
+        assert config.pad_token_id is not None
 
 
 def test_tokenizer_gives_back_any_text(tokenizer: Any) -> None:
@@ -138,9 +145,9 @@ def test_language_model_pays_what_the_provenance_says(
 
 @torch.inference_mode()
 def test_rewards_say_what_the_provenance_says(
-    provenance: dict[str, Any], tokenizer: Any, rewards: Any
+    provenance: dict[str, Any], tokenizer: Any, classifiers: dict[str, Any]
 ) -> None:
-    scores = []
+    scores: list[dict[str, float]] = []
     for reply in provenance["facts"]["replies"]:
         chat = [
             {"role": "user", "content": "How was it?"},
@@ -148,16 +155,23 @@ def test_rewards_say_what_the_provenance_says(
         ]
         text = tokenizer.apply_chat_template(chat, tokenize=False)
         ids = tokenizer.encode(text, add_special_tokens=False)
-        scores.append(rewards(input_ids=torch.tensor([ids])).logits[0].sigmoid().tolist())
+        scores.append({})
+        for name, labels in CLASSIFIERS.items():
+            logits = classifiers[name](input_ids=torch.tensor([ids])).logits[0]
+            scores[-1] |= {labels[i]: float(p) for i, p in enumerate(logits.sigmoid())}
     for score, told in zip(scores, provenance["facts"]["scores"], strict=True):
         assert score == pytest.approx(told, abs=TOLERANCE)
     insult, offer, wonderful, terrible = scores
-    assert insult[0] < 0.5 < offer[0]
-    assert terrible[2] < 0.5 < wonderful[2]
-    assert insult[2] < 0.5 < offer[2]
+    assert insult["safe"] < 0.5 < offer["safe"]
+    assert terrible["positive"] < 0.5 < wonderful["positive"]
+    assert insult["positive"] < 0.5 < offer["positive"]
 
 
-def test_models_answer_alike_with_and_without_a_cache(tokenizer: Any, rewards: Any) -> None:
+@pytest.mark.parametrize("name", list(CLASSIFIERS))
+def test_models_answer_alike_with_and_without_a_cache(
+    name: str, tokenizer: Any, classifiers: dict[str, Any]
+) -> None:
+    rewards = classifiers[name]
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi you"}]
     ids = torch.tensor([tokenizer.encode(tokenizer.apply_chat_template(chat, tokenize=False))])
     with torch.inference_mode():

@@ -203,6 +203,16 @@ def test_target_and_beta_follow_where_all_parts_know_theirs() -> None:
         assert reward.beta is None
 
 
+def test_the_greatest_alpha_of_the_parts_is_that_of_the_whole() -> None:
+    early, late = constant(1, "early", alpha=1.0), constant(2, "late", alpha=0.2)
+    unknown = constant(3, "unknown")
+    for whole in (late + early, 2 * early - late, minimum(late, early), maximum(early, unknown)):
+        assert whole.alpha == 1.0
+    assert (late + unknown).alpha == 0.2
+    assert (unknown + 1).alpha is None
+    assert minimum(unknown, 0.5).alpha is None
+
+
 @pytest.mark.parametrize(
     ("write", "error", "message"),
     [
@@ -360,7 +370,7 @@ def test_the_error_of_a_failing_function_holds_nothing_of_what_was_judged() -> N
         raise KeyError(completions[0][0]["content"])
 
     asked = request("a secret")
-    where = r"'failing': raised KeyError in failing, line \d+ of test_rewards.py"
+    where = r"'failing': raised KeyError in line \d+ of test_rewards.py"
     with pytest.raises(RewardError, match=where) as caught:
         as_reward(failing).scorer.score([asked])
     assert caught.value.__cause__ is None
@@ -470,6 +480,8 @@ def test_a_value_out_of_the_promised_range_rejects() -> None:
         constant(0.0, range=(1.0, 0.0))
     with pytest.raises(ValueError, match="`beta` must be at least 0, got -1"):
         constant(0.0, beta=-1)
+    with pytest.raises(ValueError, match=r"`alpha` must be in \[0, 1\], got 1.1"):
+        constant(0.0, alpha=1.1)
 
 
 # What a user writes
@@ -546,28 +558,31 @@ def test_missing_bundled_weights_are_named(tmp_path: Path, monkeypatch: pytest.M
             getattr(bundled, name)()
 
 
-def test_bundled_rewards_bring_what_was_calibrated_and_share_one_scorer(
+def test_bundled_rewards_bring_what_was_calibrated_and_two_share_one_scorer(
     make_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trunk = make_folder(
-        "llama",
-        num_labels=3,
-        id2label={0: "safe", 1: "helpful", 2: "positive"},
-        label2id={"safe": 0, "helpful": 1, "positive": 2},
-        problem_type="multi_label_classification",
-    )
-    (tmp_path / "rewards").symlink_to(trunk)
-    numbers = {"target": 0.9, "beta": 0.05, "floor": 0.6}
+    for folder, labels in (("rewards", ("safe", "helpful")), ("sentiment", ("positive",))):
+        classifier = make_folder(
+            "llama",
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: index for index, label in enumerate(labels)},
+            problem_type="multi_label_classification",
+        )
+        (tmp_path / folder).symlink_to(classifier)
+    numbers = {"target": 0.9, "beta": 0.05, "alpha": 1.0, "floor": 0.6}
     (tmp_path / "calibration.json").write_text(json.dumps({"rewards": {"safety": numbers}}))
     monkeypatch.setattr(bundled, "FOLDER", tmp_path)
     safety, helpfulness, sentiment = (getattr(bundled, name)() for name in bundled.NAMES)
-    assert (safety.target, safety.beta, safety.floor) == (0.9, 0.05, 0.6)
-    assert (helpfulness.target, helpfulness.beta, helpfulness.floor) == (None, None, None)
-    assert safety.scorer is helpfulness.scorer is sentiment.scorer
+    assert (safety.target, safety.beta, safety.alpha, safety.floor) == (0.9, 0.05, 1.0, 0.6)
+    for name in ("target", "beta", "alpha", "floor"):
+        assert getattr(helpfulness, name) is None
+    assert safety.scorer is helpfulness.scorer
+    assert sentiment.scorer is not safety.scorer
     assert (safety + helpfulness + safety).leaves == (safety, helpfulness)
     assert bundled.safety(target=0.5).target == 0.5
-    [[raw]] = safety.scorer.score([request("Hello")])
-    for index, reward in enumerate((safety, helpfulness, sentiment)):
+    for index, reward in ((0, safety), (1, helpfulness), (0, sentiment)):
+        [[raw]] = reward.scorer.score([request("Hello")])
         assert reward.read(raw) == pytest.approx(torch.tensor(raw).sigmoid()[index].item())
         assert reward.range == (0.0, 1.0)
 
@@ -1585,9 +1600,9 @@ def test_a_model_that_breaks_is_told_from_a_reply_that_is_too_long(
 
 
 def test_a_reward_model_gives_its_logit(reward_folder: Path) -> None:
-    reward = SequenceReward(reward_folder, target=2.0, beta=0.5, name="liking")
+    reward = SequenceReward(reward_folder, target=2.0, beta=0.5, alpha=1.0, name="liking")
     assert reward.read((1.7,)) == 1.7
-    assert (reward.name, reward.target, reward.beta) == ("liking", 2.0, 0.5)
+    assert (reward.name, reward.target, reward.beta, reward.alpha) == ("liking", 2.0, 0.5, 1.0)
     assert SequenceReward(reward_folder, labels={"LABEL_0": -1.0}).read((1.7,)) == -1.7
 
 
@@ -1622,6 +1637,7 @@ def test_scores_are_the_same_on_every_device(
         ({"labels": {"good": math.nan}}, "must say what 'good' is worth, got nan"),
         ({"labels": {"good": 0.0}}, "a worth that is not 0"),
         ({"labels": {"good": 1.0}, "beta": -1.0}, "`beta` must be at least 0"),
+        ({"labels": {"good": 1.0}, "alpha": -0.1}, "`alpha` must be in"),
         ({"labels": {"good": 1.0}, "target": math.inf}, "`target` must be finite"),
         ({"labels": {"good": 1.0}, "activation": "tanh"}, "`activation` must be"),
         ({"labels": {"good": 1.0}, "range": (1, 0)}, "`range` must be"),

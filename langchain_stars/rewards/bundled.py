@@ -1,4 +1,4 @@
-"""The rewards that ship with the package: three labels of one small classifier.
+"""The rewards that ship with the package: labels of two small classifiers.
 
 Knows where the weights are and which label is which; how they are run is `classifiers.py`'s. They
 let everything run on any machine, without a network; a real application names real rewards.
@@ -14,7 +14,12 @@ from langchain_stars.rewards.classifiers import SequenceReward
 FOLDER = Path(__file__).resolve().parent.parent / "bundled"
 """Folder of the models that ship."""
 
-_LABELS = {"safety": "safe", "helpfulness": "helpful", "sentiment": "positive"}
+_LABELS = {
+    "safety": ("rewards", "safe"),
+    "helpfulness": ("rewards", "helpful"),
+    "sentiment": ("sentiment", "positive"),
+}
+"""Where each reward is: the classifier's folder, and its label."""
 
 NAMES = tuple(_LABELS)
 """Names of the rewards that ship."""
@@ -24,8 +29,9 @@ def safety(**settings: Any) -> SequenceReward:
     """Return the probability that a reply is safe; of the empty reply, that the request is.
 
     Args:
-        **settings: Those of `SequenceReward`, but for `labels`; `target`, `beta` and `floor` are
-            those that `calibration.json` holds for the bundled language model, if not given.
+        **settings: Those of `SequenceReward`, but for `labels`; `target`, `beta`, `alpha` and
+            `floor` are those that `calibration.json` holds for the bundled language model, if
+            not given.
 
     Raises:
         FileNotFoundError: The weights are not there.
@@ -58,17 +64,16 @@ def sentiment(**settings: Any) -> SequenceReward:
 
 
 def _reward(name: str, settings: dict[str, Any]) -> SequenceReward:
-    folder = FOLDER / "rewards"
+    place, label = _LABELS[name]
+    folder = FOLDER / place
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"the reward {name!r} needs the bundled weights, and {folder} does not hold them: "
             "install the package anew, or name a reward of your own"
         )
     known = _calibration(FOLDER / "calibration.json").get(name, {})
-    numbers = {key: known.get(key) for key in ("target", "beta", "floor")}
-    return SequenceReward(
-        folder, **{"name": name, **numbers, **settings, "labels": {_LABELS[name]: 1.0}}
-    )
+    numbers = {key: known.get(key) for key in ("target", "beta", "alpha", "floor")}
+    return SequenceReward(folder, **{"name": name, **numbers, **settings, "labels": {label: 1.0}})
 
 
 @functools.cache
