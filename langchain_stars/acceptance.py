@@ -17,6 +17,10 @@ OnExhausted: TypeAlias = Literal["fallback", "best", "refuse", "raise"]
 """What happens when no attempt was accepted; see `Acceptance.on_exhausted`."""
 
 
+DEFAULT_ALPHA = 0.5
+"""Where a linear schedule starts if nobody says."""
+
+
 class Schedule(Protocol):
     """The threshold of a segment, one number fixed before the segment is drafted."""
 
@@ -87,7 +91,7 @@ class Linear:
     """
 
     target: float
-    alpha: float = 0.5
+    alpha: float = DEFAULT_ALPHA
     horizon: int = 128
 
     def __post_init__(self) -> None:

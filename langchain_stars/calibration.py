@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from langchain_stars.acceptance import Acceptance, Calibrated, Linear
+from langchain_stars.acceptance import DEFAULT_ALPHA, Acceptance, Calibrated, Linear
 from langchain_stars.decoder import Policy
 from langchain_stars.engine import Engine, Order, engine_for
 from langchain_stars.language_models.base import Chat, LanguageModel, Sampling
@@ -185,7 +185,7 @@ def calibrate(
             raise ValueError(f"`{name}` must {requirement}, got {value}")
     horizon = min(max_tokens, 128) if horizon is None else horizon
     if alpha is None:
-        alpha = 0.5 if reward.alpha is None else reward.alpha
+        alpha = DEFAULT_ALPHA if reward.alpha is None else reward.alpha
     accept_all = Policy(
         objective=reward,
         acceptance=Acceptance(

@@ -65,7 +65,7 @@ from pydantic import (
     model_validator,
 )
 
-from langchain_stars.acceptance import Acceptance, Linear, OnExhausted
+from langchain_stars.acceptance import DEFAULT_ALPHA, Acceptance, Linear, OnExhausted
 from langchain_stars.decoder import DEFAULT_REFUSAL, Delta, GuardExhausted, Policy, Report, Segment
 from langchain_stars.engine import (
     AsyncReply,
@@ -460,7 +460,7 @@ class ChatStars(BaseChatModel):
             return 0.0 if own is None else own
         if name == "alpha":
             own = self.reward.alpha if self.reward is not None else None
-            return 0.5 if own is None else own
+            return DEFAULT_ALPHA if own is None else own
         return None
 
     def _language_model(self) -> LanguageModel:
