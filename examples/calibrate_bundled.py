@@ -1,4 +1,4 @@
-"""Finds target, beta, alpha and floor of each bundled reward, on the bundled language model's replies.
+"""Finds target, beta and floor of each bundled reward, on the bundled language model's replies.
 
 Knows the public names of the library; nothing of how it decodes. A fifth of the everyday prompts
 held apart shows where the rewards of unguarded replies lie, and how far those to one prompt differ:

@@ -42,11 +42,7 @@ from train_rewards import (
     licence_classes,
     score_replies,
 )
-from transformers import (
-    AutoTokenizer,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-)
+from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification
 
 RESAMPLES = 2000
 LIMIT = 600
@@ -271,10 +267,7 @@ def measure_safety(
         if kind == "prompts":
             learned = [
                 Example(
-                    source=e.source,
-                    prompt=[],
-                    replies=(e.prompt[-1]["content"],),
-                    labels=e.labels,
+                    source=e.source, prompt=[], replies=(e.prompt[-1]["content"],), labels=e.labels
                 )
                 for e in learned
             ]

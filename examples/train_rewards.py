@@ -70,11 +70,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 from train_language_model import Clock, make_optimizers, save_bundle
-from transformers import (
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 HEADS = ("safe", "helpful", "positive")
 LENGTH = 768
@@ -141,16 +137,7 @@ class Lexicon:
         )
     )
     WEAKER = frozenset(
-        [
-            "slightly",
-            "somewhat",
-            "partly",
-            "barely",
-            "hardly",
-            "kinda",
-            "sorta",
-            "fairly",
-        ]
+        ["slightly", "somewhat", "partly", "barely", "hardly", "kinda", "sorta", "fairly"]
     )
 
     def __init__(self, data: Path) -> None:
@@ -302,10 +289,7 @@ def drawn_examples(
             other = rng.choice(drawn)[1]
             if other != reply:
                 yield Example(
-                    source="drawn pair",
-                    prompt=prompt,
-                    replies=(reply, other),
-                    pair_head="helpful",
+                    source="drawn pair", prompt=prompt, replies=(reply, other), pair_head="helpful"
                 )
         if "positive" in heads:
             text = " ".join(reply.split())
@@ -475,12 +459,7 @@ class WordTeacher:
                 LogisticRegression(C=10.0, max_iter=400),
             )
             opinions = cross_val_predict(
-                pipeline,
-                texts,
-                labels,
-                groups=groups,
-                cv=GroupKFold(folds),
-                method="predict_proba",
+                pipeline, texts, labels, groups=groups, cv=GroupKFold(folds), method="predict_proba"
             )[:, 1]
             self.opinions |= {id(e): float(p) for e, p in zip(rows, opinions, strict=True)}
             self.pipelines[kind] = pipeline.fit(texts, labels)
@@ -531,10 +510,7 @@ class WordTeacher:
                 # Before the first word the head answers for the request, which is not asked.
                 labels = (math.nan, *(next(opinions) for _ in words))
                 yield Example(
-                    source="pieces",
-                    prompt=[],
-                    replies=(text,),
-                    word_labels={"safe": labels},
+                    source="pieces", prompt=[], replies=(text,), word_labels={"safe": labels}
                 )
 
 
@@ -585,11 +561,7 @@ class Encoder:
             ids.append(tokenizer.convert_tokens_to_ids(f"<|{message['role']}|>"))
             ids += tokenizer.encode(message["content"], add_special_tokens=False)
             ids.append(tokenizer.eos_token_id)
-        return [
-            tokenizer.bos_token_id,
-            *ids[-max(0, room - 2) :][: room - 2],
-            self.assistant,
-        ]
+        return [tokenizer.bos_token_id, *ids[-max(0, room - 2) :][: room - 2], self.assistant]
 
     def encode(
         self, example: Example, reply: str, labels: dict[str, float], room: int = LENGTH
@@ -715,10 +687,7 @@ def pack(
         labelled = {example.pair_head: None} if example.pair_head else {}
         sequences = [
             encoder.encode(
-                example,
-                reply,
-                {name: which for name in labelled} or example.labels,
-                room,
+                example, reply, {name: which for name in labelled} or example.labels, room
             )
             for reply, which in replies
         ]
@@ -755,10 +724,7 @@ def pack(
             share = rng.random()
             for weight, ends in (
                 (1.0, [s.last for s in sequences]),
-                (
-                    0.5,
-                    [s.first + 1 + int(share * (s.last - s.first - 1)) for s in sequences],
-                ),
+                (0.5, [s.first + 1 + int(share * (s.last - s.first - 1)) for s in sequences]),
             ):
                 pairs.append((flat[0] + ends[0], flat[1] + ends[1]))
                 pair_heads.append(head)
@@ -821,11 +787,7 @@ def make_loss(model: Any, device: torch.device, language: float, *, compiled: bo
         )
         wanted = wanted.flatten().float()
         language_loss = (next_words * wanted).sum() / wanted.sum()
-        return (
-            label_loss + 0.5 * pair_loss + language * language_loss,
-            label_loss,
-            pair_loss,
-        )
+        return label_loss + 0.5 * pair_loss + language * language_loss, label_loss, pair_loss
 
     return torch.compile(loss, dynamic=False) if compiled else loss
 
@@ -1048,13 +1010,7 @@ def main() -> None:
         average, step, seconds = saved["average"], saved["step"], saved["seconds"]
     # A resumed run meets the examples in another order; the weights do not mind.
     examples = stream(
-        fixed,
-        arguments.heads,
-        lexicon,
-        everyday,
-        drawn,
-        teacher,
-        arguments.seed + 7 * step,
+        fixed, arguments.heads, lexicon, everyday, drawn, teacher, arguments.seed + 7 * step
     )
     batch_rng = random.Random(arguments.seed + step)
     waiting = Waiting()
@@ -1101,12 +1057,7 @@ def main() -> None:
         if step % 25 == 0:
             total, of_labels, of_pairs = (sums / 25).tolist()
             sums.zero_()
-            entry = {
-                "step": step,
-                "loss": total,
-                "labels": of_labels,
-                "pairs": of_pairs,
-            }
+            entry = {"step": step, "loss": total, "labels": of_labels, "pairs": of_pairs}
             elapsed = seconds + 60 * clock.minutes
             log.write(json.dumps({**entry, "seconds": round(elapsed, 1)}) + "\n")
             bar.set_postfix(labels=f"{of_labels:.3f}", pairs=f"{of_pairs:.3f}")
