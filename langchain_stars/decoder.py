@@ -39,6 +39,7 @@ from langchain_stars.rewards.base import (
     ScoreRequest,
     Subject,
     digest,
+    name_of,
     reason_of,
 )
 from langchain_stars.text import Text
@@ -978,7 +979,7 @@ def _alone(row: Row, work: Callable[[], _T]) -> _T | None:
     try:
         return work()
     except Exception as error:
-        row.fail(ReplyFailedError(f"the reply failed: {type(error).__name__}"))
+        row.fail(ReplyFailedError(f"the reply failed: {name_of(type(error))}"))
         return None
 
 
@@ -1067,7 +1068,7 @@ def _seconds(language_model: LanguageModel, scorer: Scorer, *, num_tokens: int) 
         measured = scorer.seconds(num_tokens)
         seconds, cost = (0.0, float(scorer.cost)) if measured is None else (float(measured), 0.0)
     except Exception as error:  # where it cannot be asked, it will say so when it judges
-        _log.warning("the time of %s is unknown: %s", type(scorer).__name__, type(error).__name__)
+        _log.warning("the time of %s is unknown: %s", type(scorer).__name__, name_of(type(error)))
         return 0.0
     if cost:
         seconds = cost * language_model.round_seconds(num_tokens, 1, 1)

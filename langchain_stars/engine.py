@@ -39,6 +39,7 @@ from langchain_stars.rewards.base import (
     Reward,
     ScoreRequest,
     Subject,
+    name_of,
 )
 
 _log = logging.getLogger(__name__)
@@ -511,7 +512,7 @@ class Engine:
         try:
             self._serve()
         except BaseException as error:  # nobody may wait for a thread that is gone
-            _log.critical("the engine %s ended: %s", self.name, type(error).__name__)
+            _log.critical("the engine %s ended: %s", self.name, name_of(type(error)))
         with self._changed:
             self._closed = True
             arrivals, self._arrivals = self._arrivals, deque()
@@ -601,11 +602,11 @@ class Engine:
         except StopIteration:
             self._hearing = None
         except Exception as error:
-            _log.error("%d questions failed: %s", len(self._asked), type(error).__name__)
+            _log.error("%d questions failed: %s", len(self._asked), name_of(type(error)))
             self._hearing = None
             asked, self._asked = self._asked, []
             for question in asked:
-                question.fail(EngineError(f"the rewards failed: {type(error).__name__}"))
+                question.fail(EngineError(f"the rewards failed: {name_of(type(error))}"))
         self._asked = [question for question in self._asked if not question.settle()]
 
     def _lane_of(self, order: Order) -> _Lane:
@@ -739,7 +740,7 @@ class Engine:
 
     def _fail(self, lane: _Lane, error: Exception, seats: Sequence[_Seat]) -> None:
         """End the rows of a round that went wrong; the engine itself goes on."""
-        _log.error("a round of %d rows failed: %s", len(seats), type(error).__name__)
+        _log.error("a round of %d rows failed: %s", len(seats), name_of(type(error)))
         for seat in seats:
             self.statistics.num_failures += 1
             seat.row.fail(_failure(error))
@@ -798,7 +799,7 @@ def _release(release: Callable[[_Of], None], of: _Of) -> None:
         release(of)
     except Exception as error:
         name = getattr(release, "__qualname__", type(release).__name__)
-        _log.error("%s failed: %s", name, type(error).__name__)
+        _log.error("%s failed: %s", name, name_of(type(error)))
 
 
 def _unanswered(timeout: float | None) -> DeadlineExceededError:
@@ -807,7 +808,7 @@ def _unanswered(timeout: float | None) -> DeadlineExceededError:
 
 def _failure(error: Exception) -> EngineError:
     """Return what a caller is told of an error that may hold anybody's words."""
-    return EngineError(f"the language model failed: {type(error).__name__}")
+    return EngineError(f"the language model failed: {name_of(type(error))}")
 
 
 _engines: dict[str, Engine] = {}

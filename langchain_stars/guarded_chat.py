@@ -37,6 +37,7 @@ from typing_extensions import TypedDict
 
 from langchain_stars.chat_models import ChatStars
 from langchain_stars.decoder import Segment
+from langchain_stars.rewards.base import name_of
 from langchain_stars.routing import Decision, Reason, Route, Router, adecide, decide, safety_router
 
 _log = logging.getLogger(__name__)
@@ -225,7 +226,7 @@ def _is_sealed(state: _SealedState, key: bytes) -> bool:
 
 def _escalate(error: Exception, state: ChatState) -> Command[Any]:
     """Leave a turn that the fast model did not answer to the guarded one."""
-    _log.warning("the fast model failed: %s", type(error).__name__)
+    _log.warning("the fast model failed: %s", name_of(type(error)))
     routing: Routing = {**state["routing"], "reason": "failed"}
     return Command(goto="guarded", update={"route": "guarded", "routing": routing})
 

@@ -34,7 +34,7 @@ from langchain_core.runnables.config import ensure_config, set_config_context
 
 from langchain_stars.engine import Engine, engine_for
 from langchain_stars.rewards.algebra import Constraint
-from langchain_stars.rewards.base import Chat, Reward
+from langchain_stars.rewards.base import Chat, Reward, name_of
 
 _log = logging.getLogger(__name__)
 
@@ -531,7 +531,7 @@ class _Failure(Exception):
 
     def __init__(self, kind: type[BaseException]) -> None:
         self.kind = kind
-        super().__init__(kind.__name__)
+        super().__init__(name_of(kind))
 
 
 async def _awaited(answer: Awaitable[Any]) -> Any:
@@ -547,7 +547,7 @@ def _checked(answer: Any) -> Decision:
             if _is_word(said.route, route) and _is_word(said.reason, reason):
                 numbers = {"reward": _number(said.reward), "floor": _number(said.floor)}
                 return Decision(route=route, reason=reason, **numbers)
-    _log.warning("the router answered %s, which is no route", type(answer).__name__)
+    _log.warning("the router answered %s, which is no route", name_of(type(answer)))
     return Decision(route="guarded", reason="unknown")
 
 
@@ -560,13 +560,13 @@ def _number(said: Any) -> float | None:
     if said is None:
         return None
     if isinstance(said, (str, bytes)) or not math.isfinite(number := float(said)):
-        raise ValueError(f"a router answered {type(said).__name__} where a number belongs")
+        raise ValueError(f"a router answered {name_of(type(said))} where a number belongs")
     return number
 
 
 def _doubt(error: Exception) -> Decision:
     kind = error.kind if isinstance(error, _Failure) else type(error)
-    _log.warning("the router failed: %s", kind.__name__)
+    _log.warning("the router failed: %s", name_of(kind))
     reason: Reason = "timeout" if issubclass(kind, TimeoutError) else "error"
     return Decision(route="guarded", reason=reason)
 

@@ -158,6 +158,7 @@ def test_the_log_tells_where_a_function_failed(caplog: pytest.LogCaptureFixture)
         "def secret():\n    return 1 / 0\nsecret()",
         "class Secret(Exception):\n    pass\nraise Secret",
         "raise type('Secret', (KeyError,), {})('secret')",
+        "raise type('Secret', (KeyError,), {'__module__': ['secret']})('secret')",
     ],
 )
 def test_what_is_judged_may_run_and_its_names_are_not_logged(

@@ -48,19 +48,21 @@ class NamedRewardError(RewardError):
         self.reason = reason
 
 
-def kind_of(error: BaseException) -> str:
-    """Return the name of an error's type, where it is that of a class in a module.
+def name_of(kind: type) -> str:
+    """Return the name of a type, where it is a class of a module, so that it may be told.
 
     A class that somebody's code made while it ran may be named with anybody's words.
     """
-    kind = type(error)
-    known = getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is kind
-    return kind.__name__ if known else "an error whose type is in no module"
+    try:
+        known = vars(sys.modules[kind.__module__]).get(kind.__qualname__) is kind
+    except Exception:  # such a class may say that its module is anything
+        known = False
+    return kind.__name__ if known else "a type of no module"
 
 
 def reason_of(error: BaseException) -> str:
     """Return what may be logged of an error that judging raised: a named reason, or its type."""
-    return error.reason if isinstance(error, NamedRewardError) else kind_of(error)
+    return error.reason if isinstance(error, NamedRewardError) else name_of(type(error))
 
 
 class Failures:

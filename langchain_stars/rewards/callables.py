@@ -24,7 +24,7 @@ from langchain_stars.rewards.base import (
     Raw,
     Scorer,
     ScoreRequest,
-    kind_of,
+    name_of,
     within,
 )
 from langchain_stars.templates import text_of
@@ -251,7 +251,7 @@ def _describe(error: Exception, function: Callable[..., Any]) -> str:
     """Return what went wrong and where, without the words that an error may carry."""
     if isinstance(error, _NotNumbers):
         return str(error)
-    told = f"raised {kind_of(error)}"
+    told = f"raised {name_of(type(error))}"
     code = getattr(function, "__code__", None)
     if not isinstance(code, CodeType):
         return told
@@ -263,7 +263,7 @@ def _describe(error: Exception, function: Callable[..., Any]) -> str:
 def _values(answer: Any) -> list[float]:
     if not isinstance(answer, (list, tuple)):
         if isinstance(answer, (str, bytes, Mapping)) or not hasattr(answer, "tolist"):
-            raise _NotNumbers(f"returned {type(answer).__name__}, not a list of numbers")
+            raise _NotNumbers(f"returned {name_of(type(answer))}, not a list of numbers")
         answer = answer.tolist()  # an array or a tensor
         if not isinstance(answer, list):
             raise _NotNumbers("returned a single number, not a list of numbers")
@@ -276,7 +276,7 @@ def _value(value: Any) -> float:
         return math.nan
     if not isinstance(value, numbers.Real):
         if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
-            raise _NotNumbers(f"returned a list with {type(value).__name__} in it")
+            raise _NotNumbers(f"returned a list with {name_of(type(value))} in it")
         if getattr(value, "ndim", 0) > 0:
             raise _NotNumbers("returned a list of arrays, not of numbers")
     number = float(value)
