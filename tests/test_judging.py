@@ -159,6 +159,7 @@ def test_the_log_tells_where_a_function_failed(caplog: pytest.LogCaptureFixture)
         "class Secret(Exception):\n    pass\nraise Secret",
         "raise type('Secret', (KeyError,), {})('secret')",
         "raise type('Secret', (KeyError,), {'__module__': ['secret']})('secret')",
+        "raise type('M', (type,), {'__flags__': 0})('Secret', (KeyError,), {})('secret')",
     ],
 )
 def test_what_is_judged_may_run_and_its_names_are_not_logged(

@@ -25,6 +25,9 @@ Chat: TypeAlias = Sequence[Mapping[str, Any]]
 
 _ROUNDING = 1e-6
 
+_flags_of = vars(type)["__flags__"].__get__  # not the class's own word for it
+_MADE_WHILE_RUNNING = 1 << 9  # CPython's Py_TPFLAGS_HEAPTYPE: all but the types compiled in
+
 
 class RewardError(RuntimeError):
     """A reward could not be asked, or did not answer as it must.
@@ -53,6 +56,8 @@ def name_of(kind: type) -> str:
 
     A class that somebody's code made while it ran may be named with anybody's words.
     """
+    if not _flags_of(kind) & _MADE_WHILE_RUNNING:  # such as that of None, which no module names
+        return kind.__name__
     try:
         known = vars(sys.modules[kind.__module__]).get(kind.__qualname__) is kind
     except Exception:  # such a class may say that its module is anything
